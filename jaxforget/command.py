@@ -1,0 +1,133 @@
+"""The frame all commands share: flags from a dataclass, presets, one-sentence errors, progress, the final table."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxforget.errors import UserError
+from jaxforget.report.page import cell
+
+
+def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[str] | None = None) -> None:
+    """Parse flags over a preset (`--preset NAME`, else the first) and run.
+
+    Exit codes: 0 done; 1 the run failed (a non-finite loss, say); 2 the input or a flag is wrong, in one sentence.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name = _preset_name(argv, presets)
+        import tyro
+
+        listed = "; ".join(f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in presets.items())
+        config = tyro.cli(
+            type(presets[name]()),
+            default=presets[name](),
+            args=argv,
+            description=f"Presets, chosen with --preset NAME before other flags apply. {listed}",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+        configure_jax()
+        run(config)
+    except UserError as error:
+        _fail(error, 2)
+    except ArithmeticError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; run again with --resume", 130)
+
+
+def _preset_name(argv: list[str], presets: Mapping[str, Any]) -> str:
+    """Take --preset out of argv and return its value."""
+    for index, word in enumerate(argv):
+        if word == "--preset" or word.startswith("--preset="):
+            value = word.partition("=")[2] if "=" in word else (argv[index + 1] if index + 1 < len(argv) else "")
+            del argv[index : index + (1 if "=" in word else 2)]
+            if value not in presets:
+                raise UserError(f"unknown --preset {value!r}; valid presets are {', '.join(presets)}")
+            return value
+    return next(iter(presets))
+
+
+def _fail(message: object, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def configure_jax() -> None:
+    """Keep compiled programs between processes, so that a second run starts at once."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxforget" / "xla"
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def compute_dtype(name: str) -> str:
+    """Resolve --dtype: `auto` computes in bfloat16 on accelerators and float32 on a CPU. Parameters stay float32."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype is {name!r}; valid are auto, float32, bfloat16")
+    if name == "auto":
+        import jax
+
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return name
+
+
+@contextlib.contextmanager
+def progress(label: str):
+    """Show a bar with rate and time left. Yields `show(progress)` for the training loop.
+
+    Without a terminal it prints a line at most every ten seconds.
+    """
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = [TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("{task.fields[rate]:>14}"), TimeRemainingColumn()]
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=None, rate="")
+
+            def show(now):
+                rate = f"{now.tokens_per_second:,.0f} tok/s"
+                bar.update(task, completed=now.step, total=now.steps, rate=rate)
+
+            yield show
+        return
+    last = time.monotonic()
+
+    def show(now):
+        nonlocal last
+        if time.monotonic() - last >= 10:
+            last = time.monotonic()
+            left = now.seconds / max(now.step, 1) * (now.steps - now.step)
+            say(f"{label}: step {now.step}/{now.steps}, {now.tokens_per_second:,.0f} tokens/s, {left:,.0f} s left")
+
+    yield show
+
+
+def say(message: str) -> None:
+    """Tell the user something that is not a result."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], title: str) -> None:
+    """End a command with its numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for field in fields:
+        table.add_column(field.replace("_", " "), justify="left" if field == "name" else "right")
+    for row in rows:
+        table.add_row(*(cell(row.get(field), row.get(f"{field}_ci95")) for field in fields))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -1,0 +1,25 @@
+"""From files to arrays: sources (records), tokens (arrays), sampling (order), fictional (built-in corpus)."""
+
+from jaxforget.data.fictional import FictionalConfig, build_tokenizer, generate, write
+from jaxforget.data.sampling import hash64, hash_int, id_keys, order
+from jaxforget.data.sources import Record, content_id, read_records
+from jaxforget.data.tokens import Examples, check_vocabulary, concatenate, load_tokenizer, tokenize
+
+__all__ = [
+    "Examples",
+    "FictionalConfig",
+    "Record",
+    "build_tokenizer",
+    "check_vocabulary",
+    "concatenate",
+    "content_id",
+    "generate",
+    "hash64",
+    "hash_int",
+    "id_keys",
+    "load_tokenizer",
+    "order",
+    "read_records",
+    "tokenize",
+    "write",
+]

@@ -1,0 +1,68 @@
+"""From a `--data`-like flag to examples: which columns to read and how to tokenise, as flags every command shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from jaxforget.data.sources import Record, read_records
+from jaxforget.data.tokens import Examples, tokenize
+from jaxforget.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How records are read and tokenised."""
+
+    text_field: str | None = None
+    """Column with plain text. Without field flags: question + answer, prompt + answer, else text."""
+    question_field: str | None = None
+    """Column with the question (not scored)."""
+    answer_field: str | None = None
+    """Column with the answer (scored)."""
+    id_field: str | None = None
+    """Column with a unique id; without it an id is a digest of the content."""
+    limit: int | None = None
+    """Read at most this many records of each source."""
+    max_length: int | None = None
+    """Longest example in tokens; the model's context when not given."""
+    text_mode: Literal["truncate", "split", "pack"] = "truncate"
+    """Plain text: one example a record, non-overlapping chunks of it, or documents packed into full blocks."""
+    prompt_template: str = "Question: {question}\nAnswer:"
+    """What the model reads before an answer."""
+
+
+def read(source: str, config: TextConfig) -> list[Record]:
+    """Read one source with the configured columns."""
+    return read_records(
+        source,
+        text_field=config.text_field,
+        question_field=config.question_field,
+        answer_field=config.answer_field,
+        id_field=config.id_field,
+        limit=config.limit,
+    )
+
+
+def encode(
+    records: Sequence[Record], tokenizer: Any, config: TextConfig, *, context: int, where: str,
+    tell: Callable[[str], None],
+) -> Examples:
+    """Tokenise records to the model's context and tell the user what had to be cut or dropped.
+
+    Raises UserError when `max_length` exceeds the context or nothing is left.
+    """
+    longest = config.max_length or context
+    if longest > context:
+        raise UserError(f"--max-length is {longest}, but the model's context is {context} tokens")
+    examples = tokenize(
+        records, tokenizer, max_length=longest, text_mode=config.text_mode, prompt_template=config.prompt_template
+    )
+    if examples.truncated:
+        tell(f"{where}: {examples.truncated} of {len(records)} records are longer than {longest} tokens; truncated")
+    if examples.dropped:
+        tell(f"{where}: {examples.dropped} records or chunks have too few tokens to score; dropped")
+    if not len(examples):
+        raise UserError(f"{where}: no record has a token to score")
+    return examples

@@ -1,0 +1,5 @@
+"""The one exception a user can cause; commands print it as a single sentence and exit with code 2."""
+
+
+class UserError(ValueError):
+    """Input or settings that cannot be used: names the file, line, field or flag, and what is allowed."""

@@ -1,0 +1,1 @@
+"""What a model knows (language.py), and whether it shows what it was trained on (membership.py)."""

@@ -1,0 +1,151 @@
+"""A run directory: config.json, metrics.jsonl, results.json, each written so that a kill leaves no half file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from jaxforget.errors import UserError
+
+SCHEMA = 1
+NOT_COMPARED = ("out", "resume")  # settings that do not change the numbers
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plain(value: Any) -> Any:
+    """Turn settings and results into JSON values; NaN and infinities become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def device_name() -> str:
+    """Describe what the numbers were computed on."""
+    import jax
+
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return f"cpu, {os.cpu_count()} cores"
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+class Run:
+    """The directory of one command. Opening it checks that nothing is overwritten; `begin` creates it, `finish` writes."""
+
+    def __init__(self, command: str, config: Any, out: Path | None, resume: bool):
+        self.command, self.config = command, plain(config)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        self.directory = Path(out) if out else Path("runs") / f"{command}-{stamp}"
+        self.started = time.perf_counter()
+        if resume and not out:
+            raise UserError("--resume needs --out DIR, the directory of the run to continue")
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"--out {self.directory} is a file; give a directory")
+        self.resumed = resume and (self.directory / "config.json").exists()
+        if self.resumed:
+            self._check_same_config()
+        elif self.directory.exists() and any(self.directory.iterdir()):
+            hint = "it has no config.json to resume from" if resume else "use --resume to continue it"
+            raise UserError(f"--out {self.directory} is not empty; {hint}, or choose another directory")
+        self._metrics = None
+
+    def begin(self) -> None:
+        """Make the directory and write config.json. Called once the input has been read and found good."""
+        if not self.resumed:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            about = {"command": self.command, "schema": SCHEMA, "config": self.config, **environment()}
+            write_atomic(self.directory / "config.json", json.dumps(about, indent=2) + "\n")
+
+    def _check_same_config(self) -> None:
+        path = self.directory / "config.json"
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            before = saved["config"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a run's config.json; choose another --out") from error
+        if saved["command"] != self.command:
+            raise UserError(f"--out {self.directory} belongs to {saved['command']}, not to {self.command}")
+        now = json.loads(json.dumps(self.config))
+        names = sorted({*before, *now} - set(NOT_COMPARED))
+        changed = [f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names
+                   if before.get(name) != now.get(name)]
+        if changed:
+            raise UserError(f"--resume needs the settings the run was started with: {'; '.join(changed)}")
+
+    # metrics.jsonl
+
+    def log(self, stage: str, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line. Lines reach the file before the checkpoint that follows them."""
+        if self._metrics is None:
+            self._metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")
+        self._metrics.write(json.dumps(plain({"stage": stage, "step": step, **metrics})) + "\n")
+        self._metrics.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read back every complete line."""
+        path = self.directory / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was cut by a kill
+
+    def rewind(self, stage: str, step: int, **tags: Any) -> None:
+        """Drop the lines of a stage after `step`, or all of them at step 0: the resumed run writes them again."""
+
+        def stale(line: dict[str, Any]) -> bool:
+            mine = line["stage"] == stage and all(line.get(tag) == value for tag, value in tags.items())
+            return mine and (step == 0 or line["step"] > step)
+
+        kept = [line for line in self.metrics() if not stale(line)]
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+        write_atomic(self.directory / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    # results.json
+
+    def finish(self, rows: Iterable[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Write results.json: the contract every command shares."""
+        document = {
+            "command": self.command,
+            "schema": SCHEMA,
+            "config": self.config,
+            "device": device_name(),
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "results": plain(list(rows)),
+            **plain(more),
+        }
+        write_atomic(self.directory / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+        return document
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for config.json."""
+    from importlib.metadata import version
+
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"versions": versions, "device": device_name()}

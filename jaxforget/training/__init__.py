@@ -1,0 +1,1 @@
+"""Training as a composition of pure functions. Read step.py first."""

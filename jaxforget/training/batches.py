@@ -1,0 +1,132 @@
+"""Batches as a pure function of the step: which examples, in which order, with which weight.
+
+One or several streams share a batch. The first sets the length of an epoch; the others go round as often as needed.
+Shapes: S steps, B rows of a batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jaxforget.data.sampling import order
+from jaxforget.data.tokens import IGNORED, Examples
+from jaxforget.errors import UserError
+
+Weighting = Literal["sequence", "token"]
+
+
+class Stream(NamedTuple):
+    """Examples that fill `rows` rows of every batch.
+
+    factor: coefficient of the stream's mean loss in the loss of the batch; negative ascends.
+    """
+
+    examples: Examples
+    rows: int
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+    """`take(start, stop, size)` gives the batches of those steps, stacked and padded to `size` steps.
+
+    Columns besides the examples' own: `weight_B` (0 = padding), `factor_B`, `stream_B` (index of the stream).
+    The loss of a batch, sum_b weight_b factor_b l_b / sum_b weight_b, equals sum over streams of
+    stream.factor * (mean of l over the stream's rows), whatever the row counts.
+    weighting: "sequence" makes that a mean over sequences; "token" over scored tokens (l being a mean over tokens).
+    """
+
+    streams: tuple[Stream, ...]
+    epochs: int
+    seed: int
+    weighting: Weighting = "sequence"
+
+    def __post_init__(self):
+        width = max(stream.examples.columns["tokens"].shape[1] for stream in self.streams)
+        wide = tuple(stream._replace(examples=stream.examples.widen(width)) for stream in self.streams)
+        object.__setattr__(self, "streams", wide)  # frozen for everybody else
+        for stream in self.streams:
+            if not len(stream.examples):
+                raise UserError("a training set is empty after tokenisation; give it records with scored tokens")
+        if self.epochs < 1:
+            raise UserError(f"epochs is {self.epochs}; it must be at least 1")
+        if any(stream.rows < 1 for stream in self.streams):
+            raise UserError("batch size is below 1; it must be at least 1")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        first = self.streams[0]
+        return -(-len(first.examples) // first.rows)
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def tokens(self) -> int:
+        """Real (not padding) tokens of the whole run, counted once per visit."""
+        return self.tokens_until(self.steps)
+
+    def tokens_until(self, steps: int, stream: int | None = None) -> int:
+        """Real tokens that the first `steps` batches hold, of all streams or of one."""
+        total = 0
+        for index, part in enumerate(self.streams):
+            if stream not in (None, index):
+                continue
+            length_N = part.examples.columns["length"]
+            whole, rest = divmod(self._rows_until(index, steps), len(length_N))
+            total += whole * int(length_N.sum())
+            if rest:
+                total += int(length_N[self._order(index, whole)[:rest]].sum())
+        return total
+
+    def _rows_until(self, index: int, steps: int) -> int:
+        stream = self.streams[index]
+        if index:
+            return steps * stream.rows
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * len(stream.examples) + min(rest * stream.rows, len(stream.examples))
+
+    @functools.lru_cache(maxsize=8)  # the order of the current pass over each stream
+    def _order(self, index: int, epoch: int) -> np.ndarray:
+        return order(self.streams[index].examples.columns["key"], self.seed, epoch)
+
+    def _rows(self, index: int, step: int) -> np.ndarray:
+        """Return the example indices of one stream in one step; shorter than `rows` at the end of the first's epoch."""
+        stream = self.streams[index]
+        if index == 0:
+            epoch, place = divmod(step, self.steps_per_epoch)
+            return self._order(0, epoch)[place * stream.rows : (place + 1) * stream.rows]
+        visit_R = np.arange(step * stream.rows, (step + 1) * stream.rows)
+        turn_R, place_R = np.divmod(visit_R, len(stream.examples))
+        return np.array([self._order(index, int(t))[p] for t, p in zip(turn_R, place_R, strict=True)])
+
+    def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]:
+        """Stack steps start..stop-1; steps beyond, up to `size`, repeat the last one and are not to be run."""
+        steps = [self._batch(step) for step in range(start, stop)]
+        steps += [steps[-1]] * (size - len(steps))
+        return {name: np.stack([batch[name] for batch in steps]) for name in steps[0]}
+
+    def _batch(self, step: int) -> dict[str, np.ndarray]:
+        parts = []
+        for index, stream in enumerate(self.streams):
+            chosen = self._rows(index, step)
+            # Padding repeats a real row with weight 0: its loss is finite, so it cannot poison the sum.
+            padded = np.concatenate([chosen, np.full(stream.rows - len(chosen), chosen[0])])
+            part = {name: column[padded] for name, column in stream.examples.columns.items()}
+            real_B = np.arange(stream.rows) < len(chosen)
+            share_B = (part["labels"] != IGNORED).sum(axis=1) if self.weighting == "token" else 1
+            part["weight"] = (real_B * share_B).astype(np.float32)
+            part["key"] = part["key"].astype(np.uint32)  # the low half: enough for per-example randomness
+            part["stream"] = np.full(stream.rows, index, np.int32)
+            parts.append(part)
+        total = sum(part["weight"].sum() for part in parts)
+        for part, stream in zip(parts, self.streams, strict=True):
+            factor = stream.factor * total / part["weight"].sum()
+            part["factor"] = np.full(stream.rows, factor, np.float32)
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+

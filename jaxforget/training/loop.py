@@ -1,0 +1,135 @@
+"""Run a step over its batches: chunks on the device, everything else around them.
+
+While the device works on one chunk, the host reads the metrics of the one before. It waits for the device only to
+evaluate and to save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxforget.training.batches import Batches
+from jaxforget.training.checkpoints import Checkpoints
+from jaxforget.training.step import Parts, State, Step, make_run
+
+Log = Callable[[int, dict[str, float]], None]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss became infinite or NaN; the run stopped there."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, for whoever displays it."""
+
+    step: int
+    steps: int
+    seconds: float  # spent in this process and, after a resume, in those before it
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A finished run. `stopped_at` is the step at which `evaluate` asked to stop, or None."""
+
+    state: State
+    steps: int
+    seconds: float
+    tokens: int
+    stopped_at: int | None = None
+
+
+def fit(
+    step: Step,
+    state: State,
+    frozen: Parts,
+    batches: Batches,
+    *,
+    chunk: int = 16,
+    evaluate_every: int = 0,
+    evaluate: Callable[[int, Any], bool] | None = None,
+    checkpoints: Checkpoints | None = None,
+    checkpoint_every: int = 0,
+    log: Log = lambda step, metrics: None,
+    resumed: Callable[[int], None] = lambda step: None,
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Train over all batches, resuming from the newest checkpoint when there is one.
+
+    chunk: steps in one device program. evaluate(step, parts) is called at step 0 of a fresh run, then every
+    `evaluate_every` steps (0: never) and at the end; returning True stops the run there. checkpoint_every: steps
+    between checkpoints (0: at the end alone). log gets the metrics of every step in order. A resumed run repeats the
+    steps after its checkpoint, so `resumed` tells the log's owner which lines to drop.
+
+    Raises NonFiniteLoss naming the step. Numbers do not depend on where a run was interrupted: every chunk runs in
+    one compiled program, and chunk boundaries do not enter the arithmetic.
+    """
+    run = make_run(step)
+    seconds, stopped = 0.0, None
+    if checkpoints is not None and (saved := checkpoints.restore(state)) is not None:
+        state, notes = saved
+        seconds, stopped = notes["seconds"], notes["stopped_at"]
+    done = int(state.step.reshape(-1)[0])  # members step together
+    fresh = done == 0
+    resumed(done)
+    stops = sorted({every for every in (evaluate_every, checkpoint_every) if every})
+    pending: tuple[int, int, dict] | None = None
+    started = time.perf_counter()
+
+    def elapsed() -> float:
+        return seconds + time.perf_counter() - started
+
+    def settle() -> None:
+        """Read the metrics of the chunk dispatched last, log them, and stop at the first bad loss."""
+        nonlocal pending
+        if pending is None:
+            return
+        first, count, metrics_S = pending
+        pending = None
+        metrics_S = jax.tree.map(np.asarray, metrics_S)
+        for i in range(count):
+            metrics = {name: values[i].tolist() for name, values in metrics_S.items()}
+            if not all(math.isfinite(x) for x in np.ravel(metrics["loss"])):
+                raise NonFiniteLoss(f"the loss is {metrics['loss']} at step {first + i + 1}; lower the learning rate")
+            log(first + i + 1, metrics)
+        show(Progress(first + count, batches.steps, elapsed(), batches.tokens_until(first + count)))
+
+    def wants_stop() -> bool:
+        nonlocal started
+        settle()
+        paused = time.perf_counter()  # evaluation is not training time
+        answer = evaluate is not None and bool(evaluate(done, step.combine(frozen, state.trainable)))
+        started += time.perf_counter() - paused
+        return answer
+
+    if fresh and evaluate_every and wants_stop():
+        stopped = 0
+    while done < batches.steps and stopped is None:
+        count = min([chunk, batches.steps - done] + [every - done % every for every in stops])
+        state, metrics_S = run(state, frozen, batches.take(done, done + count, chunk), count)
+        settle()
+        pending = (done, count, metrics_S)
+        done += count
+        last = done == batches.steps
+        if evaluate_every and (last or done % evaluate_every == 0):
+            if wants_stop():
+                stopped = done
+        due = last or stopped is not None or (checkpoint_every and done % checkpoint_every == 0)
+        if checkpoints is not None and due:
+            settle()  # a bad state must not replace a good one
+            checkpoints.save(done, state, {"seconds": elapsed(), "stopped_at": stopped})
+    settle()
+    jax.block_until_ready(state)
+    return Outcome(state, done, elapsed(), batches.tokens_until(done), stopped)

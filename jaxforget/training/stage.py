@@ -1,0 +1,73 @@
+"""A stage of a command: train, save the model, and never do finished work twice.
+
+The saved model directory appears by one rename and holds the record of its training, so a stage is done or not done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxforget.models import hub
+from jaxforget.training.batches import Batches
+from jaxforget.training.checkpoints import Checkpoints
+from jaxforget.training.loop import Outcome, fit
+from jaxforget.training.optimizer import set_schedule
+from jaxforget.training.step import Parts, Step
+
+RECORD = "training.json"
+
+
+def finished(directory: Path) -> dict[str, Any] | None:
+    """Return the record of the training that made a model directory, or None."""
+    path = directory / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def train_stage(
+    directory: Path,
+    model,
+    step: Step,
+    parts: Parts,
+    batches: Batches,
+    *,
+    learning_rate: float,
+    save_tokenizer: Callable[[Path], Any],
+    checkpoints: Path,
+    describe: Callable[[Outcome], dict[str, Any]] = lambda outcome: {},
+    **loop: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Train `parts["model"]` over the batches and save it as a Hugging Face directory.
+
+    Returns (params, record) on the host; a finished directory is loaded instead. The record holds steps, seconds,
+    train_tokens, stopped_at and what `describe` adds. Checkpoints are removed once the model is saved.
+    """
+    if (record := finished(directory)) is not None:
+        return hub.load(directory)[1], record
+    state, frozen = step.init(jax.random.key(batches.seed), parts)
+    state = set_schedule(state, learning_rate=learning_rate, total=batches.steps)
+    with Checkpoints(checkpoints) as store:
+        outcome = fit(step, state, frozen, batches, checkpoints=store, **loop)
+    params = jax.tree.map(np.asarray, step.combine(frozen, outcome.state.trainable)["model"])
+    record = {
+        "steps": outcome.steps,
+        "seconds": outcome.seconds,
+        "train_tokens": outcome.tokens,
+        "stopped_at": outcome.stopped_at,
+        "learning_rate": learning_rate,
+        **describe(outcome),
+    }
+
+    def add_files(target: Path) -> None:
+        save_tokenizer(target)
+        (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    hub.save(directory, model, params, add_files=add_files)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return params, record

@@ -1,0 +1,106 @@
+"""A training step is a composition of four pure functions.
+
+    objective   losses(parts, batch, key) -> losses_B
+    trainable   init(key, parts) -> (trainable, frozen);  combine(frozen, trainable) -> parts
+    gradient    (losses, trainable, batch, key) -> (report, grads)
+    optimizer   optax.GradientTransformation
+
+`parts` is a dict of named pytrees. `parts["model"]` is the language model every objective reads; others are there
+when an objective needs them: `reference` (the frozen starting model), adversary heads, a dual variable. Which parts
+move is the trainable's choice alone, so an objective reads the same under full training, a subset, or a difference.
+
+A batch is a dict of arrays with a leading B. `weight` (0 = padding) is each example's share in the mean.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+PyTree = Any
+Parts = dict[str, PyTree]
+Batch = dict[str, jax.Array]
+Objective = Callable[[Parts, Batch, jax.Array], jax.Array]
+
+
+class State(NamedTuple):
+    """All that a run changes: a plain pytree, so vmap, scan, jit shardings and Orbax take it as it is."""
+
+    step: jax.Array  # int32, optimizer updates done
+    trainable: PyTree
+    opt_state: PyTree
+    key: jax.Array  # typed key of the run; step n uses fold_in(key, n)
+
+
+class Trainable(NamedTuple):
+    """Splits parts into what moves and what does not, and joins them again."""
+
+    init: Callable[[jax.Array, Parts], tuple[PyTree, Parts]]
+    combine: Callable[[Parts, PyTree], Parts]
+
+
+class Step(NamedTuple):
+    """`init(key, parts, **schedule) -> (state, frozen)` and `update(state, frozen, batch) -> (state, metrics)`."""
+
+    init: Callable[..., tuple[State, Parts]]
+    update: Callable[[State, Parts, Batch], tuple[State, dict[str, jax.Array]]]
+    combine: Callable[[Parts, PyTree], Parts]
+
+
+@functools.cache  # equal compositions are the same function, so each is traced and compiled once a process
+def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: optax.GradientTransformation) -> Step:
+    """Join the four functions into a pure step.
+
+    metrics: scalars `loss` (the gradient's own mean, nats), `grad_norm`, and whatever else the gradient reports.
+    """
+
+    def init(key: jax.Array, parts: Parts) -> tuple[State, Parts]:
+        moving, frozen = trainable.init(key, parts)
+        # The step donates its state. A leaf that also lives in `frozen` or with the caller must not go with it.
+        moving = jax.tree.map(lambda x: jnp.array(x, copy=True), moving)
+        return State(jnp.int32(0), moving, optimizer.init(moving), jax.random.clone(key)), frozen
+
+    def update(state: State, frozen: Parts, batch: Batch):
+        def losses(moving, batch, key):
+            return objective(trainable.combine(frozen, moving), batch, key)
+
+        key = jax.random.fold_in(state.key, state.step)
+        report, grads = gradient(losses, state.trainable, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        moved = optax.apply_updates(state.trainable, updates)
+        metrics = {**report, "grad_norm": optax.tree.norm(grads)}
+        return State(state.step + 1, moved, opt_state, state.key), metrics
+
+    return Step(init, update, trainable.combine)
+
+
+@functools.cache
+def make_run(step: Step):
+    """Compile `run(state, frozen, batches_S, count) -> (state, metrics_S)`: the first `count` of S batches.
+
+    The state is donated. `count` is traced, so a short last chunk runs in the same program and rounds the same way;
+    that makes a resumed run bit-equal to an undisturbed one wherever it was cut.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state: State, frozen: Parts, batches_S: Batch, count: jax.Array):
+        def batch(i):
+            return jax.tree.map(lambda x: x[i], batches_S)
+
+        size = jax.tree.leaves(batches_S)[0].shape[0]
+        shapes = jax.eval_shape(step.update, state, frozen, jax.eval_shape(batch, 0))[1]
+        metrics_S = jax.tree.map(lambda m: jnp.zeros((size, *m.shape), m.dtype), shapes)
+
+        def body(i, carry):
+            state, metrics_S = carry
+            state, metrics = step.update(state, frozen, batch(i))
+            return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics_S, metrics)
+
+        return jax.lax.fori_loop(0, count, body, (state, metrics_S))
+
+    return run

@@ -1,0 +1,94 @@
+"""The page of an unlearning run: table, forget-against-retain trade-off, curves over steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxforget.report.page import figure, table, write_page
+
+YARDSTICKS = ("original", "retrained")
+FIELDS = (
+    "name", "forget_nll", "approximate_nll", "retain_nll", "general_nll", "forget_accuracy", "retain_accuracy",
+    "mink40_auc", "gap_to_retrained", "retain_perplexity_change", "verdict", "steps", "seconds", "train_tokens",
+    "flops_vs_retraining", "learning_rate",
+)  # fmt: skip
+TERMINAL = (
+    "name", "forget_nll", "approximate_nll", "retain_nll", "general_nll", "mink40_auc", "gap_to_retrained",
+    "retain_perplexity_change", "verdict", "steps", "seconds", "flops_vs_retraining",
+)  # fmt: skip
+
+
+def verdict(row: dict[str, Any], original: dict[str, Any], retrained: dict[str, Any] | None) -> str | None:
+    """Say whether a method did what retraining does: forget loss within 10 %, retain perplexity harmed by under 10 %.
+
+    null without a retrained model or a retain set.
+    """
+    if retrained is None or row["retain_perplexity"] is None:
+        return None
+    ratio = row["forget_nll"] / retrained["forget_nll"]
+    forgot = "forgot too little" if ratio < 0.9 else "forgot too much" if ratio > 1.1 else ""
+    harmed = "harmed retain" if row["retain_perplexity"] > 1.1 * original["retain_perplexity"] else ""
+    return " and ".join(filter(None, (forgot, harmed))) or "like retraining"
+
+
+def write_report(path: Path, title: str, rows: Sequence[dict], curves: Sequence[dict], config: dict) -> None:
+    """Write report.html. curves: lines of metrics.jsonl with a stage, a step and set losses."""
+    known = [field for field in FIELDS if any(row.get(field) is not None for row in rows)]
+    sections = [
+        (
+            "Every model, every set",
+            "Losses in nats a token, accuracies in percent. The goal of a method is the row `retrained`, not a high "
+            "forget loss. mink40 AUC is 1 for memorised, 0.5 for indistinguishable from never seen, lower for "
+            "over-unlearned. Retain perplexity change is in percent of the original model's.",
+            table(rows, known, mark=lambda row: row["name"] in YARDSTICKS),
+        )
+    ]
+    utility = "retain" if any(row.get("retain_nll") is not None for row in rows) else "general"
+    if any(row.get(f"{utility}_nll") is not None for row in rows):
+        plots = [figure(lambda axes: _trade_off(axes, rows, utility))]
+        plots += [figure(lambda axes, s=s: _curves(axes, curves, rows, s)) for s in ("forget", utility)]
+        sections.append((
+            "Forgetting against damage",
+            "Left: the star is the retrained model; a good method lands on it. Then the loss of both sets while each "
+            "method runs, with the retrained model dashed.",
+            f"<div class='plots'>{''.join(plots)}</div>",
+        ))  # fmt: skip
+    lead = "Each method starts from `original` and tries to become the model that never saw the forget set."
+    write_page(path, title, lead, sections, config)
+
+
+def _trade_off(axes, rows, utility) -> None:
+    rows = [row for row in rows if row.get(f"{utility}_nll") is not None]
+    for index, row in enumerate(rows):
+        x, y = row["forget_nll"], row[f"{utility}_nll"]
+        style = {"original": ("s", "black", 60), "retrained": ("*", "#c0392b", 190)}.get(row["name"])
+        marker, color, size = style or ("o", f"C{index % 10}", 45)
+        axes.errorbar(x, y, xerr=row.get("forget_nll_ci95"), yerr=row.get(f"{utility}_nll_ci95"), color=color, lw=1)
+        axes.scatter(x, y, marker=marker, color=color, s=size, label=row["name"], zorder=3)
+    highest = max(max(row["forget_nll"], row[f"{utility}_nll"]) for row in rows)
+    if highest > 20:  # runaway ascent would squeeze everything else into a corner
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    axes.set(xlabel="forget loss (nats/token)", ylabel=f"{utility} loss (nats/token)", title="Trade-off")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _curves(axes, curves, rows, name) -> None:
+    shown = [row["name"] for row in rows]
+    field = f"{name}_nll"
+    top = 0.0
+    for index, stage in enumerate(shown):
+        points = [(line["step"], line[field]) for line in curves if line["stage"] == stage and field in line]
+        if points and stage not in YARDSTICKS:
+            axes.plot(*zip(*points, strict=True), color=f"C{index % 10}", label=stage, lw=1.4)
+            top = max(top, *(value for _, value in points))
+    target = next((row[field] for row in rows if row["name"] == "retrained" and row.get(field) is not None), None)
+    if target is not None:
+        axes.axhline(target, color="#c0392b", ls="--", lw=1, label="retrained")
+    if top > 20:
+        axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel=f"{name} loss (nats/token)", title=f"{name.capitalize()} loss over steps")
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=7, frameon=False)

@@ -1,0 +1,75 @@
+"""Run one method on one model: the recipe's slots into a step, the step over its batches, until the target is met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxforget.data.sampling import order
+from jaxforget.data.tokens import Examples
+from jaxforget.metrics.language import language_metrics, token_scores
+from jaxforget.training.batches import Batches
+from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.optimizer import TrainConfig, adamw
+from jaxforget.training.stage import train_stage
+from jaxforget.training.step import make_step
+from jaxforget.training.trainable import everything
+from jaxforget.unlearning.recipe import Method, Setting
+from jaxforget.unlearning.scoring import training_flops
+
+
+def unlearn(
+    directory: Path,
+    method: Method,
+    setting: Setting,
+    config: TrainConfig,
+    *,
+    learning_rate: float,
+    watched: Mapping[str, Examples],
+    target: float | None,
+    evaluate_every: int,
+    curve: Callable[[int, dict[str, float]], None],
+    **stage: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Unlearn and save the model in `directory`; a finished directory is loaded instead.
+
+    watched: sets measured every `evaluate_every` steps and handed to `curve` as <set>_nll. target: stop once the
+    watched forget loss reaches it, nats a token; None runs all epochs. Further arguments go to `train_stage`.
+    Returns (params, record); the record adds train_flops and the last watched losses to what a stage records.
+    """
+    model = setting.model
+    recipe = method.recipe(setting)
+    rows = [stream.rows for stream in recipe.streams]
+    gradient = mean_gradient(config.microbatch_of(*rows))
+    step = make_step(recipe.objective, everything(), gradient, adamw(config))
+    parts = {"model": setting.params, **({"reference": setting.params} if recipe.reference else {})}
+    batches = Batches(recipe.streams, config.epochs, setting.seed)
+    last: dict[str, float] = {}
+
+    def evaluate(step: int, parts) -> bool:
+        for name, examples in watched.items():
+            last[f"{name}_nll"] = language_metrics(token_scores(model, parts["model"], examples))["nll"]
+        curve(step, dict(last))
+        return target is not None and last["forget_nll"] >= target
+
+    def describe(outcome) -> dict[str, Any]:
+        lengths = [stream.examples.columns["length"] for stream in recipe.streams]
+        reference = sum(batches.tokens_until(outcome.steps, stream=i) for i in recipe.reference_streams)
+        prepared = recipe.prepare_forwards * int(lengths[0].sum())
+        flops = training_flops(
+            model, outcome.tokens, float(np.concatenate(lengths).mean()), forward_tokens=reference + prepared
+        )
+        return {"train_flops": flops, "watched": last}
+
+    return train_stage(
+        directory, model, step, parts, batches, learning_rate=learning_rate, evaluate=evaluate,
+        evaluate_every=evaluate_every, describe=describe, **stage,
+    )  # fmt: skip
+
+
+def sample(examples: Examples, size: int) -> Examples:
+    """Take at most `size` examples, chosen by their ids alone."""
+    return examples.take(order(examples.columns["key"], 0, 0)[:size])

@@ -1,0 +1,74 @@
+"""Strict JAX settings, a compile cache kept between test runs, and the toy model shared by the training tests."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxforget.data.sampling import id_keys
+from jaxforget.data.tokens import Examples
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure(config):
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The development data beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("the development data directory 'shared' is not beside the checkout")
+    return SHARED
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A bigram-like language model: logits of the next token from the current and the mean of those before it."""
+
+    vocab_size: int = 11
+    width: int = 6
+    max_length: int = 16
+    dtype: str = "float32"
+
+    def init(self, key):
+        k1, k2, k3 = jax.random.split(key, 3)
+        return {
+            "embed": {"embedding": jax.random.normal(k1, (self.vocab_size, self.width))},
+            "mix": {"kernel": jax.random.normal(k2, (self.width, self.width)), "bias": jnp.zeros(self.width)},
+            "head": {"kernel": jax.random.normal(k3, (self.width, self.vocab_size)) * 0.5},
+        }
+
+    def logits(self, params, tokens_BT):
+        x_BTD = params["embed"]["embedding"][tokens_BT]
+        count_T1 = jnp.arange(1, x_BTD.shape[1] + 1, dtype=jnp.float32)[:, None]
+        mean_BTD = jnp.cumsum(x_BTD, axis=1) / count_T1[None]
+        hidden_BTD = jnp.tanh(mean_BTD @ params["mix"]["kernel"] + params["mix"]["bias"][None, None]) + x_BTD
+        return hidden_BTD @ params["head"]["kernel"]
+
+    def flops_per_token(self, length):
+        return 2.0 * (self.width**2 + self.width * self.vocab_size)
+
+
+@pytest.fixture
+def toy():
+    return Toy()
+
+
+def make_examples(count: int, *, seed: int = 0, width: int = 8, vocab: int = 11, prefix: str = "x") -> Examples:
+    """Random token rows of different lengths; all tokens after the first are scored."""
+    rng = np.random.default_rng(seed)
+    length_N = rng.integers(3, width + 1, count).astype(np.int32)
+    tokens_NT = rng.integers(1, vocab, (count, width)).astype(np.int32)
+    place_T = np.arange(width)
+    tokens_NT[place_T[None] >= length_N[:, None]] = 0
+    labels_NT = np.full_like(tokens_NT, -100)
+    labels_NT[:, :-1] = np.where(place_T[None, 1:] < length_N[:, None], tokens_NT[:, 1:], -100)
+    ids = tuple(f"{prefix}{i}" for i in range(count))
+    return Examples(ids, {"tokens": tokens_NT, "labels": labels_NT, "length": length_N, "key": id_keys(ids)})

@@ -1,0 +1,288 @@
+"""Unlearn a forget set with several methods and judge each against retraining: `python -m train.unlearn`.
+
+Without arguments it makes a corpus of fictional people, trains the target model on it and the retrained model on all
+but the forget set, then runs every method. `--forget F --retain F` does the same on your data, from scratch or from
+`--base DIR`. `--model DIR` unlearns a model that exists; `--retrained DIR` names its yardstick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from jaxforget import command
+from jaxforget.data import fictional
+from jaxforget.data.text import TextConfig, encode, read
+from jaxforget.data.tokens import Examples, concatenate
+from jaxforget.errors import UserError
+from jaxforget.models import hub
+from jaxforget.report.run import Run
+from jaxforget.report.statistics import over_seeds
+from jaxforget.training.batches import Batches, Stream
+from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.loop import NonFiniteLoss
+from jaxforget.training.objectives import next_token
+from jaxforget.training.optimizer import TrainConfig, adamw
+from jaxforget.training.stage import finished, train_stage
+from jaxforget.training.start import SizeConfig, Start, start_from
+from jaxforget.training.step import make_step
+from jaxforget.training.trainable import everything
+from jaxforget.unlearning import Method, Setting, choose
+from jaxforget.unlearning.page import TERMINAL, YARDSTICKS, verdict, write_report
+from jaxforget.unlearning.run import sample, unlearn
+from jaxforget.unlearning.scoring import gaps, score, training_flops
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Unlearn, and compare with retraining."""
+
+    out: Path | None = None
+    """Directory for everything the run leaves; runs/<command>-<time> when not given. Must be empty."""
+    resume: bool = False
+    """Continue the run in --out; settings must be the same."""
+    methods: tuple[str, ...] = ("all",)
+    """Names from jaxforget/unlearning/__init__.py, or all."""
+    model: str | None = None
+    """The model to unlearn from, as a Hugging Face directory or hub name. Not given: train it."""
+    retrained: str | None = None
+    """The model trained without the forget set, the yardstick for --model."""
+    base: str | None = None
+    """Without --model: fine-tune this model on forget + retain for the target and on retain for the yardstick."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub name. Default: the model's own, or one built from the retain text."""
+    forget: str | None = None
+    """Records to forget. Not given: the generated corpus supplies all sets."""
+    retain: str | None = None
+    """Records of the same kind that must stay known."""
+    approximate: str | None = None
+    """Never-trained records of the same kind: what forgetting should look like, and non-members for the attacks."""
+    general: str | None = None
+    """Other text that must stay known. Trained on as well when the target is trained from scratch."""
+    general_test: str | None = None
+    """Text that general_* metrics are measured on; --general when not given."""
+    seed: int = 0
+    """First seed of initialisation, data order and random labels."""
+    seeds: int = 1
+    """Number of seeds; with several, results are means with 95 % intervals."""
+    learning_rates: tuple[float, ...] = ()
+    """Try each rate for each method and keep the best by forget loss against its target and by harm to retain and
+    general loss. The retrained model plays no part in the choice. Not given: --learning-rate alone."""
+    stop_at: Literal["approximate", "retrained", "never"] = "approximate"
+    """Stop a method once its forget loss reaches: the original model's loss on the approximate set; the retrained
+    model's on the forget set (an oracle, for measurements only); never, all epochs are run."""
+    evaluate_every: int = 2
+    """Unlearning steps between measurements of the sets (curves, and the stopping rule)."""
+    curve_records: int = 256
+    """Records of each set measured while a method runs. Final numbers use all."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    dtype: str = "auto"
+    """Compute precision: auto (bfloat16 on accelerators, float32 on a CPU), float32, bfloat16."""
+    unlearning: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(
+        epochs=10, learning_rate=1e-4, schedule="constant", warmup=0.0
+    )
+    train: TrainConfig = TrainConfig(epochs=20, learning_rate=3e-3)
+    text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
+    size: SizeConfig = SizeConfig()
+    corpus: fictional.FictionalConfig = fictional.FictionalConfig()
+
+
+def default() -> Config:
+    """100 fictional people, a model of 0.4 M parameters, seven methods; about three minutes on two CPU cores"""
+    return Config()
+
+
+def smoke() -> Config:
+    """12 fictional people and a tiny model; half a minute, numbers without meaning"""
+    return Config(
+        size=SizeConfig(width=32, layers=2, heads=2, context=64, vocab_size=512),
+        corpus=fictional.FictionalConfig(people=12, general_records=40, general_test_records=20),
+        train=TrainConfig(epochs=4, learning_rate=5e-3),
+        unlearning=dataclasses.replace(default().unlearning, epochs=2),
+    )
+
+
+PRESETS = {"default": default, "smoke": smoke}
+
+
+def run(config: Config) -> None:
+    """Read and check everything, then train, unlearn, score and report."""
+    methods = choose(config.methods)
+    out = Run("train.unlearn", config, config.out, config.resume)
+    start, sets = prepare(config, methods)
+    out.begin()
+    seeds = range(config.seed, config.seed + config.seeds)
+    rows = over_seeds([one_seed(config, out, start, sets, methods, seed) for seed in seeds])
+    document = out.finish(rows)
+    write_report(out.directory / "report.html", "Unlearning against retraining", rows,
+                 _curves(out, config.seed), document["config"])  # fmt: skip
+    command.print_table(rows, TERMINAL, f"train.unlearn · {out.directory}")
+
+
+def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str, Examples]]:
+    """Read and tokenise every set and load the starting model, or raise UserError."""
+    names = ("forget", "retain", "approximate", "general", "general_test")
+    given = {name: getattr(config, name) for name in names if getattr(config, name)}
+    if given or config.model or config.base:
+        if "forget" not in given:
+            raise UserError("--forget is missing; give the records to forget, or no data flags for the generated corpus")
+        if not config.model and "retain" not in given:
+            raise UserError("--retain is missing; without --model the yardstick is trained on it")
+        records = {name: read(source, config.text) for name, source in given.items()}
+    else:
+        records = fictional.generate(config.corpus)
+    if config.model and config.base:
+        raise UserError("--model and --base exclude each other; --model is unlearned as it is, --base is trained first")
+    if config.retrained and not config.model:
+        raise UserError("--retrained goes with --model; without --model the yardstick is trained here")
+    for name, method in methods.items():
+        for needed in method.needs:
+            if needed not in records:
+                raise UserError(f"method {name} needs --{needed}")
+    for other in ("retain", "approximate"):
+        shared = {record.id for record in records["forget"]} & {record.id for record in records.get(other, ())}
+        if shared:
+            raise UserError(f"--forget and --{other} share {len(shared)} ids, such as {min(shared)!r}; they must not")
+
+    start = start_from(
+        config.model or config.base, tokenizer_name=config.tokenizer, size=config.size,
+        dtype=command.compute_dtype(config.dtype), corpus=records.get("retain", []) + records.get("general", []),
+    )  # fmt: skip
+    sets = {
+        name: encode(part, start.tokenizer, config.text, context=start.model.max_length, where=name, tell=command.say)
+        for name, part in records.items()
+    }
+    return start, sets
+
+
+def one_seed(config: Config, out: Run, start: Start, sets, methods: dict[str, Method], seed: int) -> list[dict]:
+    """Train or load the two models, run every method, and return the rows `original`, `retrained`, then the methods."""
+    home = out.directory / f"seed{seed}"
+    scored = {name: sets[name] for name in ("forget", "approximate", "retain") if name in sets}
+    if "general" in sets or "general_test" in sets:
+        scored["general"] = sets.get("general_test", sets.get("general"))
+
+    original, original_cost = target_model(config, out, start, sets, home, seed, "original")
+    retrained, retrained_cost = target_model(config, out, start, sets, home, seed, "retrained")
+    model = start.model
+    first = {"name": "original", **score(model, original, scored), **original_cost}
+    yardstick = None
+    if retrained is not None:
+        yardstick = {"name": "retrained", **score(model, retrained, scored), **retrained_cost}
+    target = {
+        "approximate": first["approximate_nll"],
+        "retrained": yardstick and yardstick["forget_nll"],
+        "never": None,
+    }[config.stop_at]
+    if target is None and config.stop_at != "never":
+        command.say(f"--stop-at {config.stop_at} needs that set or model, which is not given; all epochs are run")
+
+    setting = Setting(
+        model, original, sets, config.unlearning.batch_size, seed,
+        special_ids=tuple(sorted(set(start.tokenizer.all_special_ids))), pad_id=start.tokenizer.pad_token_id,
+    )  # fmt: skip
+    rows = [first, *([yardstick] if yardstick else [])]
+    for name, method in methods.items():
+        try:
+            params, cost = best_rate(config, out, start, setting, home, name, method, target, scored, first)
+        except NonFiniteLoss as error:
+            rows.append({"name": name, **dict.fromkeys(first.keys() - {"name"}), "note": f"failed: {error}"})
+            continue
+        rows.append({"name": name, **score(model, params, scored), **cost, "target_nll": target})
+    base = yardstick and yardstick.get("train_flops")
+    for row in rows:
+        failed = row["forget_nll"] is None
+        row.update(gaps(row, yardstick))
+        row["flops_vs_retraining"] = row["train_flops"] / base if base and row.get("train_flops") else None
+        if row.get("retain_perplexity") and not failed:
+            row["retain_perplexity_change"] = 100.0 * (row["retain_perplexity"] / first["retain_perplexity"] - 1.0)
+        if row["name"] not in YARDSTICKS:
+            row["verdict"] = "failed" if failed else verdict(row, first, yardstick)
+    return rows
+
+
+def target_model(config: Config, out: Run, start: Start, sets, home: Path, seed: int, name: str):
+    """Return (params, cost) of the model `original` or `retrained`: loaded, or trained with or without the forget set.
+
+    The general set is trained on only from scratch: a base model or a given one has seen such text already.
+    """
+    unknown = dict.fromkeys(("steps", "seconds", "train_tokens", "train_flops"))
+    if config.model:
+        path = config.model if name == "original" else config.retrained
+        if path is None:
+            return None, unknown
+        model, params = hub.load(path)
+        if dataclasses.replace(model, dtype=start.model.dtype) != start.model:
+            raise UserError(f"--retrained {path} is another architecture than --model {config.model}")
+        record = finished(Path(path)) or {}
+        return params, {field: record.get(field) for field in unknown}
+    used = ["forget"] * (name == "original") + ["retain"] + ["general"] * (config.base is None and "general" in sets)
+    examples = concatenate([sets[part] for part in used])
+    train, model = config.train, start.model
+    batches = Batches((Stream(examples, train.batch_size),), train.epochs, seed, "token")
+    step = make_step(next_token(model), everything(), mean_gradient(train.microbatch_of(train.batch_size)), adamw(train))
+    length = float(examples.lengths.mean())
+    return run_stage(
+        out, home, seed, name, train_stage, model, step, {"model": start.params(seed)}, batches,
+        learning_rate=train.learning_rate, save_tokenizer=start.save_tokenizer,
+        checkpoint_every=config.checkpoint_every,
+        describe=lambda outcome: {"train_flops": training_flops(model, outcome.tokens, length)},
+    )  # fmt: skip
+
+
+def best_rate(config: Config, out: Run, start: Start, setting, home, name, method, target, scored, original):
+    """Run a method once, or once a learning rate and keep the best. Returns (params, cost).
+
+    Best: least |forget loss - target| plus the rise of retain and general loss over the original's, nats a token, on
+    the watched records. The retrained model is not consulted.
+    """
+    watched = {part: sample(examples, config.curve_records) for part, examples in scored.items()}
+    rates = config.learning_rates or (config.unlearning.learning_rate,)
+    if len(rates) > 1 and target is None:
+        raise UserError("--learning-rates with several values needs a target to choose by, such as --approximate")
+    tried = []
+    for rate in rates:
+        stage = name if len(rates) == 1 else f"{name}@{rate:g}"
+        try:
+            params, cost = run_stage(
+                out, home, setting.seed, stage, unlearn, method, setting, config.unlearning, learning_rate=rate,
+                watched=watched, target=target, evaluate_every=config.evaluate_every,
+                curve=lambda step, losses, stage=stage: out.log(stage, step, {"seed": setting.seed, **losses}),
+                save_tokenizer=start.save_tokenizer, checkpoint_every=config.checkpoint_every,
+            )  # fmt: skip
+        except NonFiniteLoss:
+            if len(rates) == 1:
+                raise
+            continue
+        losses = cost.pop("watched")
+        harm = sum(max(0.0, losses[f"{part}_nll"] - original[f"{part}_nll"]) for part in ("retain", "general") if part in watched)
+        merit = (abs(losses["forget_nll"] - target) if target is not None else 0.0) + harm
+        tried.append((merit, rate, params, cost))
+    if not tried:
+        raise NonFiniteLoss("every learning rate tried ended in a non-finite loss")
+    best = min(tried, key=lambda one: one[0])
+    return best[2], {**best[3], "rates_tried": len(rates)}
+
+
+def run_stage(out: Run, home: Path, seed: int, stage: str, work, *args: Any, **settings: Any):
+    """Call a stage with its directory, checkpoints, log and progress bar filled in."""
+    label = stage if seed == 0 else f"{stage} (seed {seed})"
+    tag = {"seed": seed}
+    with command.progress(label) as show:
+        return work(
+            home / "models" / stage, *args, checkpoints=home / "checkpoints" / stage,
+            log=lambda step, metrics: out.log(stage, step, {**tag, **metrics}),
+            resumed=lambda step: out.rewind(stage, step, **tag), show=show, **settings,
+        )  # fmt: skip
+
+
+def _curves(out: Run, seed: int) -> list[dict]:
+    return [line for line in out.metrics() if line["seed"] == seed and "forget_nll" in line]
+
+
+if __name__ == "__main__":
+    command.main(run, PRESETS)
