@@ -30,7 +30,6 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
             default=presets[name](),
             args=argv,
             description=f"Presets, chosen with --preset NAME before other flags apply. {listed}",
-            config=(tyro.conf.OmitArgPrefixes,),
         )
         configure_jax()
         run(config)
@@ -60,7 +59,7 @@ def _fail(message: object, code: int) -> None:
 
 
 def configure_jax() -> None:
-    """Keep compiled programs between processes, so that a second run starts at once."""
+    """Keep compiled programs between processes, so that a second run starts at once; silence advice we do not need."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -68,6 +67,7 @@ def configure_jax() -> None:
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from jaxforget import command
 from jaxforget.data import fictional
@@ -52,8 +54,8 @@ class Config:
     """Mean over scored tokens of a batch, or over sequences of their means."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
-    text: TextConfig = TextConfig()
-    train: TrainConfig = TrainConfig()
+    text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(epochs=20, learning_rate=3e-3)
     size: SizeConfig = SizeConfig()
     corpus: fictional.FictionalConfig = fictional.FictionalConfig()
 

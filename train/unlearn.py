@@ -30,7 +30,7 @@ from jaxforget.training.stage import finished, train_stage
 from jaxforget.training.start import SizeConfig, Start, start_from
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
-from jaxforget.unlearning import Method, Setting, choose
+from jaxforget.unlearning import Method, Setting, adjust, choose
 from jaxforget.unlearning.page import TERMINAL, YARDSTICKS, verdict, write_report
 from jaxforget.unlearning.run import sample, unlearn
 from jaxforget.unlearning.scoring import gaps, score, training_flops
@@ -46,6 +46,8 @@ class Config:
     """Continue the run in --out; settings must be the same."""
     methods: tuple[str, ...] = ("all",)
     """Names from jaxforget/unlearning/__init__.py, or all."""
+    settings: tuple[str, ...] = ()
+    """Method settings as method.field=value, such as ascent_descent_indist.retain_weight=2."""
     model: str | None = None
     """The model to unlearn from, as a Hugging Face directory or hub name. Not given: train it."""
     retrained: str | None = None
@@ -111,7 +113,7 @@ PRESETS = {"default": default, "smoke": smoke}
 
 def run(config: Config) -> None:
     """Read and check everything, then train, unlearn, score and report."""
-    methods = choose(config.methods)
+    methods = adjust(choose(config.methods), config.settings)
     out = Run("train.unlearn", config, config.out, config.resume)
     start, sets = prepare(config, methods)
     out.begin()
@@ -216,7 +218,7 @@ def target_model(config: Config, out: Run, start: Start, sets, home: Path, seed:
         if path is None:
             return None, unknown
         model, params = hub.load(path)
-        if dataclasses.replace(model, dtype=start.model.dtype) != start.model:
+        if model.config != start.model.config:
             raise UserError(f"--retrained {path} is another architecture than --model {config.model}")
         record = finished(Path(path)) or {}
         return params, {field: record.get(field) for field in unknown}

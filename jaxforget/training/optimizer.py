@@ -100,7 +100,7 @@ def schedule(config: OptimizerConfig) -> optax.GradientTransformation:
 def _decays(params) -> Any:
     # Stacked blocks give every leaf a leading L, so a bias has two axes: decide by name.
     def decays(path, x):
-        return getattr(path[-1], "key", "") in ("kernel", "embedding")
+        return getattr(path[-1], "key", "") in ("kernel", "table")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

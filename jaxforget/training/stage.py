@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,16 +59,17 @@ def train_stage(
     record = {
         "steps": outcome.steps,
         "seconds": outcome.seconds,
+        "compile_seconds": outcome.compile_seconds,
         "train_tokens": outcome.tokens,
         "stopped_at": outcome.stopped_at,
         "learning_rate": learning_rate,
         **describe(outcome),
     }
 
-    def add_files(target: Path) -> None:
-        save_tokenizer(target)
-        (target / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    hub.save(directory, model, params, add_files=add_files)
+    with tempfile.TemporaryDirectory() as scratch:
+        save_tokenizer(Path(scratch))
+        files = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
+    files[RECORD] = json.dumps(record, indent=2) + "\n"
+    hub.save(directory, model, params, extra_files=files)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return params, record

@@ -3,6 +3,9 @@
 The rows named `_indist` and `_general` differ only in the set that supplies the retain text.
 """
 
+import ast
+import dataclasses
+
 from jaxforget.errors import UserError
 from jaxforget.unlearning.adversarial_samples import AdversarialSamples
 from jaxforget.unlearning.ascent_descent import AscentDescent
@@ -32,4 +35,27 @@ def choose(names: tuple[str, ...]) -> dict[str, Method]:
     return {name: METHODS[name] for name in names}
 
 
-__all__ = ["METHODS", "Method", "Recipe", "Setting", "choose"]
+def adjust(methods: dict[str, Method], settings: tuple[str, ...]) -> dict[str, Method]:
+    """Apply settings spelt `method.field=value`, such as `ascent_kl_indist.retain_weight=2`.
+
+    Raises UserError naming the fields a method has.
+    """
+    methods = dict(methods)
+    for setting in settings:
+        target, _, text = setting.partition("=")
+        name, _, field = target.partition(".")
+        if name not in methods:
+            raise UserError(f"--settings {setting}: no such method in this run; its methods are {', '.join(methods)}")
+        fields = [f.name for f in dataclasses.fields(methods[name])]
+        if field not in fields:
+            raise UserError(f"--settings {setting}: {name} has no {field!r}; it has {', '.join(fields) or 'no settings'}")
+        before = getattr(methods[name], field)
+        try:
+            value = type(before)(ast.literal_eval(text)) if not isinstance(before, str) else text
+        except (ValueError, SyntaxError, TypeError):
+            raise UserError(f"--settings {setting}: give {field} a {type(before).__name__}, such as {before}") from None
+        methods[name] = dataclasses.replace(methods[name], **{field: value})
+    return methods
+
+
+__all__ = ["METHODS", "Method", "Recipe", "Setting", "adjust", "choose"]

@@ -1,0 +1,302 @@
+"""Hugging Face model directories: read and write config.json and safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxforget.errors import UserError
+from jaxforget.models import configs
+from jaxforget.models.model import Model, Params, family_of
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+DTYPES = ("float32", "bfloat16", "float16")
+_STORED = {"F64", "F32", "F16", "BF16"}
+
+
+# ------------------------------------------------------------------------------------------------- reading
+def load(name_or_dir: str | Path, *, dtype="float32") -> tuple[Model, Params]:
+    """Read a model from a directory or by hub name. Parameters are float32 numpy arrays.
+
+    dtype: of activations. Raises UserError, one sentence, for anything missing, malformed, unsupported or of
+    the wrong shape.
+    """
+    directory = resolve(name_or_dir)
+    raw = _read_json(directory / CONFIG)
+    try:
+        configs.choose("quantization_config", raw.get("quantization_config"), [None])
+        config = family_of(raw.get("model_type")).Config.from_hf(raw)
+    except UserError as error:
+        raise UserError(f"{directory / CONFIG}: {error}") from None
+    model = Model(config, dtype=dtype)
+    with _Tensors(_weight_files(directory)) as tensors:
+        return model, to_params(model, tensors, where=str(directory))
+
+
+def resolve(name_or_dir: str | Path) -> Path:
+    """Return the local directory of a model, fetching it from the hub unless it is a directory already."""
+    directory = Path(name_or_dir).expanduser()
+    if directory.is_dir():
+        return directory
+    name = str(name_or_dir)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or directory.exists():
+        raise UserError(f"model directory {name} does not exist or is not a directory")
+    import huggingface_hub
+
+    patterns = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", *TOKENIZER_FILES]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # offline, unknown, gated, interrupted: the library has an exception for each
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"model {name} is not a directory and could not be fetched from the hub: {reason}"
+        ) from None
+
+
+def to_params(model: Model, tensors: Mapping[str, np.ndarray], *, where: str = "tensors") -> Params:
+    """Convert tensors under Hugging Face names to parameters. `tensors[name]` is read once, one at a time.
+
+    Raises UserError naming tensors that are missing, unexpected or of the wrong shape.
+    """
+    family = family_of(model.config.model_type)
+    table = family.keys(model.config)
+    names = set(tensors)
+    prefix = family.PREFIX if any(name.startswith(family.PREFIX) for name in names) else ""
+    layers = range(model.config.num_layers)
+    # Ours to theirs: one name, or one a layer.
+    wanted = {
+        path: [_rename(name, family.PREFIX, prefix).format(i) for i in (layers if "{}" in name else [0])]
+        for name, (path, _) in table.items()
+    }
+    expected = {name for group in wanted.values() for name in group}
+    ignored = [re.escape(prefix) + pattern for pattern in family.IGNORED]
+    ignored += [r"lm_head\.weight"] * model.config.tie_word_embeddings
+    unexpected = [name for name in names - expected if not any(re.fullmatch(p, name) for p in ignored)]
+    for kind, found in (("missing", expected - names), ("unexpected", unexpected)):
+        if found:
+            raise UserError(f"{where}: {len(found)} {kind} tensors, such as {', '.join(sorted(found)[:3])}")
+    params: Params = {}
+    shapes = model.shapes()
+    for path, transposed in table.values():
+        shape = _get(shapes, path).shape
+        stacked = path.startswith("blocks/")
+        leaf = np.empty(shape, np.float32)
+        for i, name in enumerate(wanted[path]):
+            target = leaf[i] if stacked else leaf
+            tensor = tensors[name]
+            target = target.T if transposed else target
+            if tensor.shape != target.shape:
+                raise UserError(
+                    f"{where}: tensor {name} has shape {tuple(tensor.shape)}; "
+                    f"the config expects {target.shape}"
+                )
+            target[...] = tensor
+        _set(params, path, leaf)
+    return params
+
+
+class _Tensors(Mapping):
+    """The tensors of several safetensors files, read when asked for. A class, to close the files."""
+
+    def __init__(self, files: list[Path]):
+        from safetensors import SafetensorError, safe_open
+
+        self._error = SafetensorError
+        self._handles, self._where = [], {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="np").__enter__()
+                self._handles.append(handle)
+                self._where |= {name: (handle, file) for name in handle.keys()}  # noqa: SIM118  not a dict
+            except (SafetensorError, OSError) as error:
+                self.__exit__()
+                raise UserError(f"{file} is truncated or not a safetensors file: {error}") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self._handles:
+            handle.__exit__(None, None, None)
+
+    def __len__(self):
+        return len(self._where)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __getitem__(self, name):
+        handle, file = self._where[name]
+        stored = handle.get_slice(name).get_dtype()
+        if stored not in _STORED:
+            raise UserError(
+                f"{file}: tensor {name} is stored as {stored}; supported: {', '.join(sorted(_STORED))}"
+            )
+        try:
+            return handle.get_tensor(name)
+        except self._error as error:
+            raise UserError(f"{file} is truncated or damaged at tensor {name}: {error}") from None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if (directory / INDEX).is_file():
+        weight_map = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{directory / INDEX} has no weight_map")
+        files = sorted({directory / str(name) for name in weight_map.values()})
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file} is missing; {INDEX} names it")
+        return files
+    if any(directory.glob("pytorch_model*.bin")):
+        raise UserError(
+            f"{directory} has only pytorch_model.bin; save it with safe_serialization as {WEIGHTS}"
+        )
+    raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------- writing
+def save(
+    directory: str | Path,
+    model: Model,
+    params: Params,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: float = 5e9,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> Path:
+    """Write a directory that `transformers` loads. It appears complete or not at all.
+
+    tokenizer_dir: copy the tokenizer files found there. dtype: of the stored weights. max_shard_bytes: start
+    another file beyond this size. extra_files: more files, name -> content. Raises UserError where
+    `directory` exists and is not empty, or dtype is not float32, bfloat16 or float16.
+    """
+    directory = Path(directory).expanduser()
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not an empty directory; choose another")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        _write_files(temporary, model, params, dtype, max_shard_bytes)
+        for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
+            if (Path(tokenizer_dir) / name).is_file():
+                shutil.copyfile(Path(tokenizer_dir) / name, temporary / name)
+        for name, content in (extra_files or {}).items():
+            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, directory)  # also over an empty directory
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return directory
+
+
+def to_tensors(model: Model, params: Params) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Return Hugging Face name -> (shape, function that makes the float32 array)."""
+    table = family_of(model.config.model_type).keys(model.config)
+    found = {}
+    for name, (path, transposed) in table.items():
+        leaf = _get(params, path)
+        for i in range(model.config.num_layers) if "{}" in name else [None]:
+            shape = leaf.shape if i is None else leaf.shape[1:]
+            found[name.format(i)] = (shape[::-1] if transposed else shape, _reader(leaf, i, transposed))
+    return found
+
+
+def _reader(leaf, i: int | None, transposed: bool) -> Callable[[], np.ndarray]:
+    def read():
+        array = np.asarray(jax.device_get(leaf if i is None else leaf[i]), np.float32)
+        return array.T if transposed else array
+
+    return read
+
+
+def _write_files(directory: Path, model: Model, params: Params, dtype: str, max_shard_bytes: float) -> None:
+    from safetensors.numpy import save_file
+
+    config = model.config.to_hf()
+    architecture = family_of(model.config.model_type).ARCHITECTURES[model.config.model_type]
+    # Two spellings of one key: transformers 4 reads torch_dtype, transformers 5 dtype.
+    config |= {"architectures": [architecture], "torch_dtype": dtype, "dtype": dtype}
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    tensors = to_tensors(model, params)
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name, (shape, _) in tensors.items():
+        n = int(np.prod(shape)) * stored.itemsize
+        if shards[-1] and size + n > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + n, total + n
+    index = {}
+    for i, names in enumerate(shards):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        # safetensors writes an array's memory as it lies: a transposed view has to be copied.
+        arrays = {name: np.ascontiguousarray(tensors[name][1]().astype(stored)) for name in names}
+        save_file(arrays, directory / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        (directory / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------- names
+def _rename(name: str, old: str, new: str) -> str:
+    return new + name[len(old) :] if name.startswith(old) else name
+
+
+def _get(tree, path: str):
+    for part in path.split("/"):
+        tree = tree[part]
+    return tree
+
+
+def _set(tree, path: str, leaf) -> None:
+    *parts, last = path.split("/")
+    for part in parts:
+        tree = tree.setdefault(part, {})
+    tree[last] = leaf

@@ -1,0 +1,245 @@
+"""Every operation that touches a parameter, and the attention that joins them.
+
+Shapes: B batch, T tokens (queries), U tokens (keys), D model width, N heads, H head width, F output width, V
+vocabulary, L layers, M rows of a flattened product.
+
+Parameters are float32. An operation casts them to the dtype of its input; norms, softmax and logits are
+float32. A parameter is read only by the functions `linear`, `embed`, `attend`, `layer_norm` and `rms_norm`:
+whoever wants to observe or change how parameters act has these five places to look at. The modules below only
+own the arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+# ---------------------------------------------------------------------------------------------- operations
+def linear(x, kernel, bias=None, *, out_dtype=None):
+    """Return x @ kernel + bias. x: (..., D), kernel: (D, F), result: (..., F) in out_dtype or that of x."""
+    # XLA on CPU runs the backward pass of a 3-D product slowly: flatten first.
+    x_MD = x.reshape(-1, x.shape[-1])
+    y_MF = jnp.matmul(x_MD, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+    if bias is not None:
+        y_MF = y_MF + bias.astype(y_MF.dtype)[None, :]
+    return y_MF.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def embed(table_VD, tokens_BT, *, dtype):
+    """Look up rows. An id outside the table gives NaN, never another row."""
+    return jnp.take(table_VD, tokens_BT, axis=0, mode="fill").astype(dtype)
+
+
+def attend(x_BTD, table_VD):
+    """Score x against every row of the table: the tied output head. Returns float32 (B, T, V)."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    y_MV = jax.lax.dot_general(
+        x_MD, table_VD.astype(x_BTD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return y_MV.reshape(*x_BTD.shape[:-1], table_VD.shape[0])
+
+
+def layer_norm(x, scale_D, bias_D, *, epsilon):
+    """Normalise the last axis to mean 0 and variance 1, then scale and shift. Computed in float32."""
+    x_MD = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    x_MD = x_MD - jnp.mean(x_MD, axis=-1, keepdims=True)
+    x_MD = x_MD * jax.lax.rsqrt(jnp.mean(jnp.square(x_MD), axis=-1, keepdims=True) + epsilon)
+    return (x_MD * scale_D[None, :] + bias_D[None, :]).astype(x.dtype).reshape(x.shape)
+
+
+def rms_norm(x, scale_D, *, epsilon):
+    """Divide by the root mean square of the last axis, then scale, in float32. Source: arXiv 1910.07467."""
+    x_MD = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    x_MD = x_MD * jax.lax.rsqrt(jnp.mean(jnp.square(x_MD), axis=-1, keepdims=True) + epsilon)
+    return (x_MD * scale_D[None, :]).astype(x.dtype).reshape(x.shape)
+
+
+# ------------------------------------------------------------------------------------------------- modules
+class Draws:
+    """Standard normal numbers for the parameters of one module, handed out as each is made.
+
+    They are slices of one vector, because one large draw compiles several times faster than one per
+    parameter. Without a vector only their number is counted.
+    """
+
+    def __init__(self, normal_M=None):
+        self.normal_M = normal_M
+        self.used = 0
+
+    def __call__(self, shape):
+        start, self.used = self.used, self.used + math.prod(shape)
+        if self.normal_M is None:
+            return jnp.zeros(shape, jnp.float32)
+        return self.normal_M[start : self.used].reshape(shape)
+
+
+class Linear(nnx.Module):
+    """Dense layer. kernel: (inputs, outputs), drawn from N(0, std^2); bias: zeros, if any."""
+
+    def __init__(self, inputs: int, outputs: int, draws: Draws, *, std: float, bias: bool):
+        self.kernel = nnx.Param(std * draws((inputs, outputs)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+        self.biased = bias
+
+    def __call__(self, x, out_dtype=None):
+        return linear(x, self.kernel[...], self.bias[...] if self.biased else None, out_dtype=out_dtype)
+
+
+class Embedding(nnx.Module):
+    """Table of `rows` vectors, drawn from N(0, std^2)."""
+
+    def __init__(self, rows: int, width: int, draws: Draws, *, std: float):
+        self.table = nnx.Param(std * draws((rows, width)))
+
+    def __call__(self, tokens_BT, dtype):
+        return embed(self.table[...], tokens_BT, dtype=dtype)
+
+    def attend(self, x_BTD):
+        return attend(x_BTD, self.table[...])
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, width: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x):
+        return layer_norm(x, self.scale[...], self.bias[...], epsilon=self.epsilon)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, width: int, *, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.epsilon = epsilon
+
+    def __call__(self, x):
+        return rms_norm(x, self.scale[...], epsilon=self.epsilon)
+
+
+# ----------------------------------------------------------------------------------------------- attention
+class Place(NamedTuple):
+    """Where the tokens of a call stand.
+
+    positions_BT: position of every token; B is 1 where all rows agree.
+    slots_BT: cache slot each token is written to, out of range for a token to leave out. None without a
+    cache.
+    """
+
+    positions_BT: jax.Array
+    slots_BT: jax.Array | None = None
+
+
+def visible(positions_BT, slots: int, window=None):
+    """Return mask_BTU: the query at position p sees key slots u with p - window < u <= p."""
+    u = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
+    p = positions_BT[:, :, None]
+    mask_BTU = u <= p
+    return mask_BTU if window is None else mask_BTU & (u > p - window)
+
+
+def attention(q_BTNH, k_BUNH, v_BUNH, *, mask_BTU=None, window=None, scale=None):
+    """Softmax attention; the one place that decides how it is computed. It takes fewer key/value heads too.
+
+    mask_BTU: True where a query may look, and then nothing else is masked. Without it attention is causal:
+        right padding needs no mask, since no real token looks right. window: sees the last `window` keys,
+        itself included; may be traced. scale: factor on q.k, default H ** -0.5; may be traced, as some
+        families scale by layer.
+    """
+    B, T, N, _ = q_BTNH.shape
+    if mask_BTU is None and window is not None:
+        mask_BTU = visible(jnp.arange(T, dtype=jnp.int32)[None], k_BUNH.shape[1], window)
+    if mask_BTU is None:
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BUNH, v_BUNH, scale=scale, is_causal=True, implementation="xla"
+        )
+    # Broadcast in full: smaller masks fail under vmap with other implementations.
+    mask_BNTU = jnp.broadcast_to(mask_BTU[:, None], (B, N, T, k_BUNH.shape[1]))
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BUNH, v_BUNH, mask=mask_BNTU, scale=scale, implementation="xla"
+    )
+
+
+def self_attention(q_BTNH, k_BTNH, v_BTNH, place: Place, layer: dict[str, Any]):
+    """Attend causally, over the tokens of this call or over a cache. Returns (y_BTNH, new cache or None).
+
+    layer: `window` and `scale` as in `attention`; `cache`: None or {"k", "v"}, each (B, U, N, H), where slot
+    u holds the key of position u.
+    """
+    cache = layer["cache"]
+    if cache is None:
+        y_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, window=layer["window"], scale=layer["scale"])
+        return y_BTNH, None
+    rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
+    cache = {
+        name: cache[name].at[rows_B1, place.slots_BT].set(new.astype(cache[name].dtype), mode="drop")
+        for name, new in (("k", k_BTNH), ("v", v_BTNH))
+    }
+    mask_BTU = visible(place.positions_BT, cache["k"].shape[1], layer["window"])
+    y_BTNH = attention(q_BTNH, cache["k"], cache["v"], mask_BTU=mask_BTU, scale=layer["scale"])
+    return y_BTNH, cache
+
+
+# -------------------------------------------------------------------------------------------- layer stacks
+def run_blocks(body, x, params_L, extras_L, *, scan: bool, remat: bool):
+    """Apply `body(x, params, extras) -> (x, out)` once per layer. Returns (x, outs_L).
+
+    params_L, extras_L: pytrees of arrays with a leading layer axis. scan: one compiled body for all layers,
+    otherwise unrolled (slower to compile, and with few layers often faster to run). remat: recompute
+    activations in the backward pass, keeping only the results of dense products.
+    """
+    if remat:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        # Inside a scan nothing can be merged across iterations, so the barrier against it is not needed.
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
+    if scan:
+        return jax.lax.scan(lambda x, layer: body(x, *layer), x, (params_L, extras_L))
+    leaves, treedef = jax.tree.flatten((params_L, extras_L))
+    outs = []
+    # unstack, because its gradient is one concatenation; that of x[i] is a full-size sum per layer.
+    for layer in zip(*[jnp.unstack(leaf) for leaf in leaves], strict=True):
+        x, out = body(x, *jax.tree.unflatten(treedef, layer))
+        outs.append(out)
+    return x, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
+
+
+# --------------------------------------------------------------------------------------------- activations
+def _gelu_tanh(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+# The names of Hugging Face's `hidden_act`, without the two that own parameters (prelu, xielu).
+ACTIVATIONS = {
+    "gelu": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10.0, 10.0),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": jax.nn.hard_swish,
+    "laplace": lambda x: 0.5 * (1.0 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}

@@ -1,0 +1,173 @@
+"""A model as pure functions of nested dicts of arrays.
+
+Shapes: B batch, T tokens, U cache slots, N key/value heads, H head width, D width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxforget.errors import UserError
+from jaxforget.models.layers import Draws, Place, run_blocks
+
+Params = dict[str, Any]
+Cache = dict[str, jax.Array]
+DTYPES = ("float32", "bfloat16")
+_NO_WINDOW = 1 << 30
+
+
+def family_of(model_type):
+    """Return the module that implements a model_type. Raises UserError listing the valid ones."""
+    from jaxforget.models import FAMILIES  # here, because the module of the table imports this one
+
+    if model_type not in FAMILIES:
+        raise UserError(f"config field model_type is {model_type!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+@functools.lru_cache(maxsize=256)
+def functional(module, config):
+    """Split a module class into `init(key) -> params` and `bind(params) -> module`, both pure."""
+
+    count = Draws()
+    skeleton = nnx.split(nnx.eval_shape(lambda: module(config, count)))[0]
+
+    def init(key):
+        draws = Draws(jax.random.normal(key, (count.used,), jnp.float32))
+        return nnx.to_pure_dict(nnx.split(module(config, draws))[1])
+
+    return init, lambda params: nnx.merge(skeleton, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(config, key):
+    family = family_of(config.model_type)
+    top_key, block_key = jax.random.split(key)
+    params = functional(family.Top, config)[0](top_key)
+    keys_L = jax.random.split(block_key, config.num_layers)
+    return params | {"blocks": jax.vmap(functional(family.Block, config)[0])(keys_L)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A causal language model: a config and how to compute it. Hashable, so it can be static under jit.
+
+    config: the `Config` of a family. dtype: of activations; parameters and logits are float32. scan_layers:
+    compile one block for all layers; unrolled compiles slower and may run faster with few layers. remat:
+    recompute activations in the backward pass, for memory.
+    """
+
+    config: Any
+    dtype: str = dataclasses.field(default="float32", kw_only=True)
+    scan_layers: bool = dataclasses.field(default=True, kw_only=True)
+    remat: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self):
+        try:
+            name = jnp.dtype(self.dtype).name
+        except TypeError:  # not a dtype at all
+            name = repr(self.dtype)
+        if name not in DTYPES:
+            raise UserError(f"dtype is {name}; supported: {', '.join(DTYPES)}")
+        object.__setattr__(self, "dtype", name)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model was made for. Learned positions end there, rotary ones go on."""
+        return self.config.max_length
+
+    def init(self, key) -> Params:
+        """Draw float32 parameters with Hugging Face's standard deviations. Blocks have a leading L axis."""
+        return _init(self.config, key)
+
+    def shapes(self) -> Params:
+        """Return the parameters' shapes and dtypes, computing nothing."""
+        return jax.eval_shape(functools.partial(_init, self.config), jax.random.key(0))
+
+    def logits(self, params: Params, tokens_BT) -> jax.Array:
+        """Return float32 logits_BTV for the token after each position.
+
+        Causal, so right padding needs no mask: it cannot change the logits of real tokens. (Except with the
+        dynamic rope type beyond max_length: there every logit depends on T.) Raises UserError where T exceeds
+        learned positions.
+        """
+        T = tokens_BT.shape[1]
+        limit = self.config.position_limit
+        if limit is not None and T > limit:
+            raise UserError(f"sequence length is {T}; this model has {limit} positions")
+        place = Place(jnp.arange(T, dtype=jnp.int32)[None])
+        return self._run(params, tokens_BT, place, length=T, reach=T)[0]
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Return an empty cache of U = `length` positions: {"k", "v"}, each (L, B, U, N, H) in dtype."""
+        _, heads, width = self.config.heads
+        shape = (self.config.num_layers, batch, length, heads, width)
+        return {name: jnp.zeros(shape, self.dtype) for name in ("k", "v")}
+
+    def cached(
+        self, params: Params, tokens_BT, cache: Cache, positions_BT, valid_BT, read_B=None
+    ) -> tuple[jax.Array, Cache]:
+        """Return float32 logits of new tokens that follow those in the cache, and the extended cache.
+
+        positions_BT: position of each token in its own row, which is also its cache slot; a row must fill its
+        positions from 0 without gaps. valid_BT: False for padding, wherever it stands; its logits mean
+        nothing.
+        read_B: the one column per row to return logits for, (B, 1, V), sparing the head for the others.
+        """
+        slots = cache["k"].shape[2]
+        positions_BT = jnp.where(valid_BT, positions_BT, 0)
+        place = Place(positions_BT, jnp.where(valid_BT, positions_BT, slots))
+        length_B11 = jnp.max(positions_BT + 1, axis=1)[:, None, None]
+        return self._run(params, tokens_BT, place, length=length_B11, reach=slots, cache=cache, read_B=read_B)
+
+    def flops_per_token(self, length: int) -> float:
+        """Return the forward FLOPs of one token in a sequence of this length, averaged over its positions.
+
+        2 * (weights of all dense products, head included)
+        + sum over layers of 4 * N * H * mean over t = 1..length of min(t, window).
+
+        N query heads; 4 is two products, q with keys and scores with values. The embedding look-up counts 0.
+        """
+        shapes = jax.tree_util.tree_leaves_with_path(self.shapes())
+        weights = sum(leaf.size for path, leaf in shapes if path[-1].key == "kernel")
+        if self.config.tie_word_embeddings:
+            weights += self.shapes()["embed"]["table"].size
+        N, _, H = self.config.heads
+        t = np.arange(1, length + 1)
+        seen = [np.minimum(t, window or length).mean() for window in self.config.windows]
+        return float(2 * weights + 4 * N * H * sum(seen))
+
+    def _run(self, params, tokens_BT, place: Place, *, length, reach: int, cache=None, read_B=None):
+        family = family_of(self.config.model_type)
+        top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k != "blocks"})
+        bind = functional(family.Block, self.config)[1]
+        x_BTD, shared = top.start(tokens_BT, place, length, self.dtype)
+
+        def body(x_BTD, block_params, layer):
+            return bind(block_params)(x_BTD, shared, place, layer)
+
+        layers_L = {"cache": cache, "window": self._windows(reach), "scale": self.config.scales}
+        if layers_L["scale"] is not None:
+            layers_L["scale"] = np.asarray(layers_L["scale"], np.float32)
+        x_BTD, cache = run_blocks(
+            body, x_BTD, params["blocks"], layers_L, scan=self.scan_layers, remat=self.remat
+        )
+        if read_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, read_B[:, None, None], axis=1)
+        return top.finish(x_BTD), cache
+
+    def _windows(self, reach: int):
+        """Return the window of each layer, or None where none is shorter than the `reach` keys there are."""
+        windows = [_NO_WINDOW if window is None else window for window in self.config.windows]
+        return None if min(windows) >= reach else np.asarray(windows, np.int32)
