@@ -71,6 +71,13 @@ def configure_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def at_least(low: int, **settings: int) -> None:
+    """Raise UserError naming the flag unless every setting is `low` or more."""
+    for name, value in settings.items():
+        if value < low:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+
+
 def compute_dtype(name: str) -> str:
     """Resolve --dtype: `auto` computes in bfloat16 on accelerators and float32 on a CPU. Parameters stay float32."""
     if name not in ("auto", "float32", "bfloat16"):

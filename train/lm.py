@@ -85,6 +85,8 @@ FIELDS = (
 
 def run(config: Config) -> None:
     """Read, train, save, score."""
+    command.at_least(0, checkpoint_every=config.checkpoint_every)
+    config.train.microbatch_of(config.train.batch_size)
     out = Run("train.lm", config, config.out, config.resume)
     if config.data:
         records = [record for source in config.data for record in read(source, config.text)]
@@ -108,7 +110,8 @@ def run(config: Config) -> None:
 
     sets = {"train": tokens(kept, "training text")}
     for source in config.evaluate:
-        sets[Path(source).name] = tokens(read(source, config.text), source)
+        name = Path(source).name
+        sets[source if name in sets else name] = tokens(read(source, config.text), source)
     out.begin()
 
     params = start.params(config.seed)

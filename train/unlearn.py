@@ -31,6 +31,7 @@ from jaxforget.training.start import SizeConfig, Start, start_from
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import METHODS, Method, Setting, adjust, choose
+from jaxforget.unlearning.ascent_descent import retain_rows
 from jaxforget.unlearning.page import TERMINAL, YARDSTICKS, verdict, write_report
 from jaxforget.unlearning.run import sample, unlearn
 from jaxforget.unlearning.scoring import gaps, score, training_flops
@@ -118,20 +119,51 @@ PRESETS = {"default": default, "smoke": smoke}
 
 def run(config: Config) -> None:
     """Read and check everything, then train, unlearn, score and report."""
-    methods = adjust(choose(config.methods), config.settings)
+    methods = choose(config.methods)
+    # The default preset has settings for methods that this run may leave out; the user's own must fit the run.
+    settings = [one for one in config.settings if one.partition(".")[0] in methods or one not in default().settings]
+    methods = adjust(methods, tuple(settings))
+    check(config, methods)
     out = Run("train.unlearn", config, config.out, config.resume)
-    start, sets = prepare(config, methods)
+    start, sets, retrained = prepare(config, methods)
     out.begin()
     seeds = range(config.seed, config.seed + config.seeds)
-    rows = over_seeds([one_seed(config, out, start, sets, methods, seed) for seed in seeds])
+    rows = over_seeds([one_seed(config, out, start, sets, retrained, methods, seed) for seed in seeds])
     document = out.finish(rows)
     write_report(out.directory / "report.html", "Unlearning against retraining", rows,
                  _curves(out, config.seed), document["config"])  # fmt: skip
     command.print_table(rows, TERMINAL, f"train.unlearn · {out.directory}")
 
 
-def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str, Examples]]:
-    """Read and tokenise every set and load the starting model, or raise UserError."""
+def check(config: Config, methods: dict[str, Method]) -> None:
+    """Raise UserError for settings that would fail only after minutes of training."""
+    command.at_least(
+        1, seeds=config.seeds, evaluate_every=config.evaluate_every, curve_records=config.curve_records
+    )
+    command.at_least(0, checkpoint_every=config.checkpoint_every)
+    config.train.microbatch_of(config.train.batch_size)
+    forget_rows = config.unlearning.batch_size
+    for method in methods.values():
+        mixed = [retain_rows(method, forget_rows)] if hasattr(method, "retain_ratio") else []
+        config.unlearning.microbatch_of(forget_rows, *mixed)
+    for rate in config.learning_rates:
+        dataclasses.replace(config.unlearning, learning_rate=rate)
+    if len(config.learning_rates) > 1:
+        given = config.forget or config.model or config.base  # else the generated corpus supplies every set
+        known = {
+            "approximate": config.approximate or not given,
+            "retrained": config.retrained or not config.model,
+            "never": False,
+        }[config.stop_at]
+        if not known:
+            raise UserError(
+                f"--learning-rates with several values needs a target to choose by: --stop-at {config.stop_at} "
+                "gives none; give --approximate, or --stop-at retrained and that model"
+            )
+
+
+def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str, Examples], Any]:
+    """Read and tokenise every set, load the starting model and the parameters of --retrained, or raise UserError."""
     names = ("forget", "retain", "approximate", "general", "general_test")
     given = {name: getattr(config, name) for name in names if getattr(config, name)}
     if given or config.model or config.base:
@@ -163,18 +195,27 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str
         name: encode(part, start.tokenizer, config.text, context=start.model.max_length, where=name, tell=command.say)
         for name, part in records.items()
     }
-    return start, sets
+    retrained = None
+    if config.retrained:
+        model, retrained = hub.load(config.retrained)
+        if model.config != start.model.config:
+            raise UserError(
+                f"--retrained {config.retrained} is another architecture than --model {config.model}"
+            )
+    return start, sets, retrained
 
 
-def one_seed(config: Config, out: Run, start: Start, sets, methods: dict[str, Method], seed: int) -> list[dict]:
+def one_seed(
+    config: Config, out: Run, start: Start, sets, retrained, methods: dict[str, Method], seed: int
+) -> list[dict]:
     """Train or load the two models, run every method, and return the rows `original`, `retrained`, then the methods."""
     home = out.directory / f"seed{seed}"
     scored = {name: sets[name] for name in ("forget", "approximate", "retain") if name in sets}
     if "general" in sets or "general_test" in sets:
         scored["general"] = sets.get("general_test", sets.get("general"))
 
-    original, original_cost = target_model(config, out, start, sets, home, seed, "original")
-    retrained, retrained_cost = target_model(config, out, start, sets, home, seed, "retrained")
+    original, original_cost = target_model(config, out, start, sets, None, home, seed, "original")
+    retrained, retrained_cost = target_model(config, out, start, sets, retrained, home, seed, "retrained")
     model = start.model
     first = {"name": "original", **score(model, original, scored), **original_cost}
     yardstick = None
@@ -212,20 +253,15 @@ def one_seed(config: Config, out: Run, start: Start, sets, methods: dict[str, Me
     return rows
 
 
-def target_model(config: Config, out: Run, start: Start, sets, home: Path, seed: int, name: str):
-    """Return (params, cost) of the model `original` or `retrained`: loaded, or trained with or without the forget set.
+def target_model(config: Config, out: Run, start: Start, sets, given, home: Path, seed: int, name: str):
+    """Return (params, cost) of the model `original` or `retrained`: given, or trained with or without the forget set.
 
     The general set is trained on only from scratch: a base model or a given one has seen such text already.
     """
     unknown = dict.fromkeys(("steps", "seconds", "train_tokens", "train_flops"))
     if config.model:
-        path = config.model if name == "original" else config.retrained
-        if path is None:
-            return None, unknown
-        model, params = hub.load(path)
-        if model.config != start.model.config:
-            raise UserError(f"--retrained {path} is another architecture than --model {config.model}")
-        record = finished(Path(path)) or {}
+        path, params = (config.model, start.params(seed)) if name == "original" else (config.retrained, given)
+        record = (finished(Path(path)) if path else None) or {}
         return params, {field: record.get(field) for field in unknown}
     used = ["forget"] * (name == "original") + ["retain"] + ["general"] * (config.base is None and "general" in sets)
     examples = concatenate([sets[part] for part in used])
@@ -237,7 +273,7 @@ def target_model(config: Config, out: Run, start: Start, sets, home: Path, seed:
         out, home, seed, name, train_stage, model, step, {"model": start.params(seed)}, batches,
         learning_rate=train.learning_rate, save_tokenizer=start.save_tokenizer,
         checkpoint_every=config.checkpoint_every,
-        describe=lambda outcome: {"train_flops": training_flops(model, outcome.tokens, length)},
+        describe=lambda outcome, params: {"train_flops": training_flops(model, outcome.tokens, length)},
     )  # fmt: skip
 
 
@@ -249,8 +285,6 @@ def best_rate(config: Config, out: Run, start: Start, setting, home, name, metho
     """
     watched = {part: sample(examples, config.curve_records) for part, examples in scored.items()}
     rates = config.learning_rates or (config.unlearning.learning_rate,)
-    if len(rates) > 1 and target is None:
-        raise UserError("--learning-rates with several values needs a target to choose by, such as --approximate")
     tried = []
     for rate in rates:
         stage = name if len(rates) == 1 else f"{name}@{rate:g}"

@@ -32,6 +32,12 @@ class TextConfig:
     prompt_template: str = "Question: {question}\nAnswer:"
     """What the model reads before an answer."""
 
+    def __post_init__(self):
+        for field, low in (("limit", 1), ("max_length", 2)):
+            value = getattr(self, field)
+            if value is not None and value < low:
+                raise UserError(f"--{field.replace('_', '-')} is {value}; it must be at least {low}")
+
 
 def read(source: str, config: TextConfig) -> list[Record]:
     """Read one source with the configured columns."""

@@ -152,18 +152,33 @@ def attention(q_BTNH, k_BUNH, v_BUNH, *, mask_BTU=None, window=None, scale=None)
         itself included; may be traced. scale: factor on q.k, default H ** -0.5; may be traced, as some
         families scale by layer.
     """
-    B, T, N, _ = q_BTNH.shape
-    if mask_BTU is None and window is not None:
-        mask_BTU = visible(jnp.arange(T, dtype=jnp.int32)[None], k_BUNH.shape[1], window)
     if mask_BTU is None:
-        return jax.nn.dot_product_attention(
-            q_BTNH, k_BUNH, v_BUNH, scale=scale, is_causal=True, implementation="xla"
-        )
-    # Broadcast in full: smaller masks fail under vmap with other implementations.
-    mask_BNTU = jnp.broadcast_to(mask_BTU[:, None], (B, N, T, k_BUNH.shape[1]))
-    return jax.nn.dot_product_attention(
-        q_BTNH, k_BUNH, v_BUNH, mask=mask_BNTU, scale=scale, implementation="xla"
-    )
+        positions_BT = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
+        mask_BTU = visible(positions_BT, k_BUNH.shape[1], window)
+    return _matmul_attention(q_BTNH, k_BUNH, v_BUNH, mask_BTU, scale)
+
+
+def _matmul_attention(q_BTNH, k_BUKH, v_BUKH, mask_BTU, scale):
+    """Attend by two batched products over contiguous heads, K of them for keys and values, G queries to each.
+
+    On a CPU the gradient takes 0.36 of the time of jax.nn.dot_product_attention (T 256, 8 heads of 8), since heads come
+    before tokens in memory and the softmax divides its (B, N, T, H) result instead of the (B, N, T, U) weights.
+    """
+    B, T, N, H = q_BTNH.shape
+    U, K = k_BUKH.shape[1:3]
+    G = N // K
+    q_BKMH = jnp.transpose(q_BTNH.reshape(B, T, K, G, H), (0, 2, 3, 1, 4)).reshape(B, K, G * T, H)
+    k_BKHU = jnp.transpose(k_BUKH, (0, 2, 3, 1))
+    v_BKUH = jnp.transpose(v_BUKH, (0, 2, 1, 3))
+    scores = jnp.matmul(q_BKMH, k_BKHU, preferred_element_type=jnp.float32).reshape(B, K, G, T, U)
+    scores = scores * (H**-0.5 if scale is None else scale)
+    scores = jnp.where(mask_BTU[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total_BKM1 = jnp.sum(weights, axis=-1).reshape(B, K, G * T, 1)
+    weights_BKMU = weights.astype(v_BKUH.dtype).reshape(B, K, G * T, U)
+    y_BKMH = jnp.matmul(weights_BKMU, v_BKUH, preferred_element_type=jnp.float32) / total_BKM1
+    y_BTKGH = jnp.transpose(y_BKMH.astype(q_BTNH.dtype).reshape(B, K, G, T, H), (0, 3, 1, 2, 4))
+    return y_BTKGH.reshape(B, T, N, H)
 
 
 def self_attention(q_BTNH, k_BTNH, v_BTNH, place: Place, layer: dict[str, Any]):

@@ -75,7 +75,10 @@ class Run:
     def begin(self) -> None:
         """Make the directory and write config.json. Called once the input has been read and found good."""
         if not self.resumed:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--out {self.directory} cannot be created: {error.strerror}") from error
             about = {"command": self.command, "schema": SCHEMA, "config": self.config, **environment()}
             write_atomic(self.directory / "config.json", json.dumps(about, indent=2) + "\n")
 
@@ -83,12 +86,12 @@ class Run:
         path = self.directory / "config.json"
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
-            before = saved["config"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            command, before = saved["command"], _flat(saved["config"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not a run's config.json; choose another --out") from error
-        if saved["command"] != self.command:
-            raise UserError(f"--out {self.directory} belongs to {saved['command']}, not to {self.command}")
-        now = json.loads(json.dumps(self.config))
+        if command != self.command:
+            raise UserError(f"--out {self.directory} belongs to {command}, not to {self.command}")
+        now = _flat(json.loads(json.dumps(self.config)))
         names = sorted({*before, *now} - set(NOT_COMPARED))
         changed = [f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names
                    if before.get(name) != now.get(name)]
@@ -140,6 +143,14 @@ class Run:
         }
         write_atomic(self.directory / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
         return document
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Spell nested settings as `train.epochs`, so that a difference is one setting and not a whole group."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def environment() -> dict[str, Any]:

@@ -63,6 +63,13 @@ class TrainConfig(OptimizerConfig):
     microbatch: int | None = None
     """Examples differentiated at a time; 0 is the whole batch. Not given: 4 on a CPU, where that is fastest, else 0."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        for field, low in (("epochs", 1), ("batch_size", 1), ("microbatch", 0)):
+            value = getattr(self, field)
+            if value is not None and value < low:
+                raise UserError(f"{field} is {value}; it must be at least {low}")
+
     def microbatch_of(self, *rows: int) -> int | None:
         """Resolve the micro-batch for streams of these row counts; each micro-batch then holds one stream."""
         if self.microbatch is not None:

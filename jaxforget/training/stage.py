@@ -41,7 +41,7 @@ def train_stage(
     learning_rate: float,
     save_tokenizer: Callable[[Path], Any],
     checkpoints: Path,
-    describe: Callable[[Outcome], dict[str, Any]] = lambda outcome: {},
+    describe: Callable[[Outcome, Any], dict[str, Any]] = lambda outcome, params: {},
     **loop: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Train `parts["model"]` over the batches and save it as a Hugging Face directory.
@@ -63,7 +63,7 @@ def train_stage(
         "train_tokens": outcome.tokens,
         "stopped_at": outcome.stopped_at,
         "learning_rate": learning_rate,
-        **describe(outcome),
+        **describe(outcome, params),
     }
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -84,6 +84,10 @@ def shallow(model: Model) -> Model:
 
 def scratch_config(size: SizeConfig, vocab_size: int, tokenizer: Any) -> dict[str, Any]:
     """Write the config.json of a model of this size."""
+    for field in ("width", "layers", "heads", "kv_heads", "mlp_width", "context"):
+        value = getattr(size, field)
+        if value is not None and value < 1:
+            raise UserError(f"--size.{field.replace('_', '-')} is {value}; it must be at least 1")
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if size.width % size.heads:
         raise UserError(f"--size.width {size.width} is not a multiple of --size.heads {size.heads}")

@@ -37,8 +37,12 @@ class AscentDescent:
 
 def mixed_streams(config, setting: Setting) -> tuple[Stream, ...]:
     """Fill a batch with `setting.rows` forget and `retain_ratio` times as many retain rows; weights hold whatever the counts."""
-    retain_rows = max(1, round(config.retain_ratio * setting.rows))
     return (
         Stream(setting.sets["forget"], setting.rows, -config.forget_weight),
-        Stream(setting.sets[config.retain_set], retain_rows, config.retain_weight),
+        Stream(setting.sets[config.retain_set], retain_rows(config, setting.rows), config.retain_weight),
     )
+
+
+def retain_rows(config, forget_rows: int) -> int:
+    """Return the retain rows of a batch with this many forget rows."""
+    return max(1, round(config.retain_ratio * forget_rows))

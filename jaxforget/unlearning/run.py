@@ -49,13 +49,18 @@ def unlearn(
     batches = Batches(recipe.streams, config.epochs, setting.seed)
     last: dict[str, float] = {}
 
-    def evaluate(step: int, parts) -> bool:
+    def measure(params) -> None:
         for name, examples in watched.items():
-            last[f"{name}_nll"] = language_metrics(token_scores(model, parts["model"], examples))["nll"]
+            last[f"{name}_nll"] = language_metrics(token_scores(model, params, examples))["nll"]
+
+    def evaluate(step: int, parts) -> bool:
+        measure(parts["model"])
         curve(step, dict(last))
         return target is not None and last["forget_nll"] >= target
 
-    def describe(outcome) -> dict[str, Any]:
+    def describe(outcome, params) -> dict[str, Any]:
+        if not last:  # killed between the last checkpoint and the saved model: the loop had nothing left to do
+            measure(params)
         lengths = [stream.examples.columns["length"] for stream in recipe.streams]
         reference = sum(batches.tokens_until(outcome.steps, stream=i) for i in recipe.reference_streams)
         prepared = recipe.prepare_forwards * int(lengths[0].sum())
