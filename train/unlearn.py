@@ -34,7 +34,7 @@ from jaxforget.unlearning import METHODS, Method, Setting, adjust, choose
 from jaxforget.unlearning.ascent_descent import retain_rows
 from jaxforget.unlearning.page import TERMINAL, YARDSTICKS, verdict, write_report
 from jaxforget.unlearning.run import sample, unlearn
-from jaxforget.unlearning.scoring import gaps, score, training_flops
+from jaxforget.unlearning.scoring import gaps, score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,12 +268,10 @@ def target_model(config: Config, out: Run, start: Start, sets, given, home: Path
     train, model = config.train, start.model
     batches = Batches((Stream(examples, train.batch_size),), train.epochs, seed, "token")
     step = make_step(next_token(model), everything(), mean_gradient(train.microbatch_of(train.batch_size)), adamw(train))
-    length = float(examples.lengths.mean())
     return run_stage(
         out, home, seed, name, train_stage, model, step, {"model": start.params(seed)}, batches,
         learning_rate=train.learning_rate, save_tokenizer=start.save_tokenizer,
         checkpoint_every=config.checkpoint_every,
-        describe=lambda outcome, params: {"train_flops": training_flops(model, outcome.tokens, length)},
     )  # fmt: skip
 
 

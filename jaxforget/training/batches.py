@@ -71,6 +71,11 @@ class Batches:
         """Real (not padding) tokens of the whole run, counted once per visit."""
         return self.tokens_until(self.steps)
 
+    @property
+    def mean_length(self) -> float:
+        """Mean real tokens of an example, over all streams."""
+        return float(np.concatenate([stream.examples.lengths for stream in self.streams]).mean())
+
     def tokens_until(self, steps: int, stream: int | None = None) -> int:
         """Real tokens that the first `steps` batches hold, of all streams or of one."""
         total = 0

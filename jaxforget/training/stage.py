@@ -47,7 +47,8 @@ def train_stage(
     """Train `parts["model"]` over the batches and save it as a Hugging Face directory.
 
     Returns (params, record) on the host; a finished directory is loaded instead. The record holds steps, seconds,
-    train_tokens, stopped_at and what `describe` adds. Checkpoints are removed once the model is saved.
+    train_tokens, train_flops, stopped_at and what `describe` adds; `forward_tokens` among that counts tokens that cost
+    a forward pass besides. Checkpoints are removed once the model is saved.
     """
     if (record := finished(directory)) is not None:
         return hub.load(directory)[1], record
@@ -65,6 +66,9 @@ def train_stage(
         "learning_rate": learning_rate,
         **describe(outcome, params),
     }
+    record["train_flops"] = training_flops(
+        model, outcome.tokens, batches.mean_length, forward_tokens=record.pop("forward_tokens", 0)
+    )
 
     with tempfile.TemporaryDirectory() as scratch:
         save_tokenizer(Path(scratch))
@@ -73,3 +77,11 @@ def train_stage(
     hub.save(directory, model, params, extra_files=files)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return params, record
+
+
+def training_flops(model, tokens: int, mean_length: float, *, forward_tokens: int = 0) -> float:
+    """Estimate the FLOPs of a run: forward plus twice that for backward on `tokens`, forward alone on `forward_tokens`.
+
+    A forward pass costs what `model.flops_per_token` says at this length. Padding is not counted.
+    """
+    return model.flops_per_token(round(mean_length)) * (3.0 * tokens + forward_tokens)

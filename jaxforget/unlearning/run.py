@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxforget.data.sampling import order
 from jaxforget.data.tokens import Examples
 from jaxforget.metrics.language import language_metrics, token_scores
@@ -18,7 +16,6 @@ from jaxforget.training.stage import train_stage
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning.recipe import Method, Setting
-from jaxforget.unlearning.scoring import training_flops
 
 
 def unlearn(
@@ -38,7 +35,7 @@ def unlearn(
 
     watched: sets measured every `evaluate_every` steps and handed to `curve` as <set>_nll. target: stop once the
     watched forget loss reaches it, nats a token; None runs all epochs. Further arguments go to `train_stage`.
-    Returns (params, record); the record adds train_flops and the last watched losses to what a stage records.
+    Returns (params, record); the record adds the last watched losses to what a stage records.
     """
     model = setting.model
     recipe = method.recipe(setting)
@@ -61,13 +58,9 @@ def unlearn(
     def describe(outcome, params) -> dict[str, Any]:
         if not last:  # killed between the last checkpoint and the saved model: the loop had nothing left to do
             measure(params)
-        lengths = [stream.examples.columns["length"] for stream in recipe.streams]
         reference = sum(batches.tokens_until(outcome.steps, stream=i) for i in recipe.reference_streams)
-        prepared = recipe.prepare_forwards * int(lengths[0].sum())
-        flops = training_flops(
-            model, outcome.tokens, float(np.concatenate(lengths).mean()), forward_tokens=reference + prepared
-        )
-        return {"train_flops": flops, "watched": last}
+        prepared = recipe.prepare_forwards * int(setting.sets["forget"].lengths.sum())
+        return {"forward_tokens": reference + prepared, "watched": last}
 
     return train_stage(
         directory, model, step, parts, batches, learning_rate=learning_rate, evaluate=evaluate,

@@ -43,11 +43,3 @@ def gaps(row: Mapping[str, Any], retrained: Mapping[str, Any] | None) -> dict[st
     distances = [abs(result[f"{name}_nll_gap"]) for name in SETS if result[f"{name}_nll_gap"] is not None]
     result["gap_to_retrained"] = sum(distances) / len(distances) if distances else None
     return result
-
-
-def training_flops(model, tokens: int, mean_length: float, *, forward_tokens: int = 0) -> float:
-    """Estimate the FLOPs of a run: forward plus twice that for backward on `tokens`, the forward pass alone on `forward_tokens`.
-
-    A forward pass costs what `model.flops_per_token` says at this length. Padding is not counted.
-    """
-    return model.flops_per_token(mean_length) * (3.0 * tokens + forward_tokens)
