@@ -97,6 +97,8 @@ def run(config: Config) -> None:
         records = sets["forget"] + sets["retain"] + sets["general"]
     left_out = {record.id for source in config.exclude for record in read(source, config.text)}
     kept = [record for record in records if record.id not in left_out]
+    if not kept:
+        raise UserError("--exclude leaves none of the records of --data")
     if config.exclude:
         command.say(f"--exclude names {len(left_out)} records; {len(records) - len(kept)} of them were in the data")
     start = start_from(
