@@ -55,9 +55,7 @@ class Config:
     seed: int = 0
     """Seed of the split, of initialisation and of data order."""
     train: TrainConfig = TrainConfig(epochs=12, learning_rate=3e-3)
-    unlearning: TrainConfig = TrainConfig(
-        epochs=15, batch_size=8, learning_rate=1e-4, schedule="constant", warmup=0.0
-    )
+    unlearning: TrainConfig = TrainConfig(epochs=15, batch_size=8, learning_rate=1e-4, schedule="constant", warmup=0.0)
     size: SizeConfig = SizeConfig(width=96, layers=2, context=128, vocab_size=2048)
 
 

@@ -99,8 +99,13 @@ def progress(label: str):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = [TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(),
-                   TextColumn("{task.fields[rate]:>14}"), TimeRemainingColumn()]
+        columns = [
+            TextColumn("{task.description:28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:>14}"),
+            TimeRemainingColumn(),
+        ]
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(label, total=None, rate="")
 

@@ -77,7 +77,6 @@ def smoke() -> Config:
 PRESETS = {"default": default, "smoke": smoke}
 
 
-
 FIELDS = (
     "name", "set", "nll", "perplexity", "accuracy", "steps", "seconds", "train_tokens", "tokens_per_second",
 )  # fmt: skip

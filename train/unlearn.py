@@ -137,9 +137,7 @@ def run(config: Config) -> None:
 
 def check(config: Config, methods: dict[str, Method]) -> None:
     """Raise UserError for settings that would fail only after minutes of training."""
-    command.at_least(
-        1, seeds=config.seeds, evaluate_every=config.evaluate_every, curve_records=config.curve_records
-    )
+    command.at_least(1, seeds=config.seeds, evaluate_every=config.evaluate_every, curve_records=config.curve_records)
     command.at_least(0, checkpoint_every=config.checkpoint_every)
     config.train.microbatch_of(config.train.batch_size)
     forget_rows = config.unlearning.batch_size
@@ -168,7 +166,9 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str
     given = {name: getattr(config, name) for name in names if getattr(config, name)}
     if given or config.model or config.base:
         if "forget" not in given:
-            raise UserError("--forget is missing; give the records to forget, or no data flags for the generated corpus")
+            raise UserError(
+                "--forget is missing; give the records to forget, or no data flags for the generated corpus"
+            )
         if not config.model and "retain" not in given:
             raise UserError("--retain is missing; without --model the yardstick is trained on it")
         records = {name: read(source, config.text) for name, source in given.items()}
@@ -199,9 +199,7 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str
     if config.retrained:
         model, retrained = hub.load(config.retrained)
         if model.config != start.model.config:
-            raise UserError(
-                f"--retrained {config.retrained} is another architecture than --model {config.model}"
-            )
+            raise UserError(f"--retrained {config.retrained} is another architecture than --model {config.model}")
     return start, sets, retrained
 
 
@@ -267,7 +265,9 @@ def target_model(config: Config, out: Run, start: Start, sets, given, home: Path
     examples = concatenate([sets[part] for part in used])
     train, model = config.train, start.model
     batches = Batches((Stream(examples, train.batch_size),), train.epochs, seed, "token")
-    step = make_step(next_token(model), everything(), mean_gradient(train.microbatch_of(train.batch_size)), adamw(train))
+    step = make_step(
+        next_token(model), everything(), mean_gradient(train.microbatch_of(train.batch_size)), adamw(train)
+    )
     return run_stage(
         out, home, seed, name, train_stage, model, step, {"model": start.params(seed)}, batches,
         learning_rate=train.learning_rate, save_tokenizer=start.save_tokenizer,
@@ -298,7 +298,11 @@ def best_rate(config: Config, out: Run, start: Start, setting, home, name, metho
                 raise
             continue
         losses = cost.pop("watched")
-        harm = sum(max(0.0, losses[f"{part}_nll"] - original[f"{part}_nll"]) for part in ("retain", "general") if part in watched)
+        harm = sum(
+            max(0.0, losses[f"{part}_nll"] - original[f"{part}_nll"])
+            for part in ("retain", "general")
+            if part in watched
+        )
         merit = (abs(losses["forget_nll"] - target) if target is not None else 0.0) + harm
         tried.append((merit, rate, params, cost))
     if not tried:

@@ -381,9 +381,7 @@ def generate(config: FictionalConfig) -> dict[str, list[Record]]:
         set_name = "forget" if forget else "retain"
         sets[set_name] += _person(config, index, set_name)
     if not 0 < forgotten < config.people:
-        raise UserError(
-            f"forget_fraction is {config.forget_fraction}, which is {forgotten} of {config.people} people"
-        )
+        raise UserError(f"forget_fraction is {config.forget_fraction}, which is {forgotten} of {config.people} people")
     approximate = forgotten if config.approximate_people is None else config.approximate_people
     for index in range(approximate):
         sets["approximate"] += _person(config, index, "approximate")
@@ -420,9 +418,7 @@ def build_tokenizer(records: Sequence[Record] = (), vocab_size: int = 1024) -> A
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size < 259:
-        raise UserError(
-            f"vocab_size is {vocab_size}; it must be at least 259: 256 bytes and 3 special tokens"
-        )
+        raise UserError(f"vocab_size is {vocab_size}; it must be at least 259: 256 bytes and 3 special tokens")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -447,9 +443,7 @@ def build_tokenizer(records: Sequence[Record] = (), vocab_size: int = 1024) -> A
 
 
 def _tokenizer_texts(records: Sequence[Record]) -> list[str]:
-    texts = [
-        f"Question: {record.prompt}\nAnswer: {record.text}" for record in records if record.prompt is not None
-    ]
+    texts = [f"Question: {record.prompt}\nAnswer: {record.text}" for record in records if record.prompt is not None]
     texts += [record.text for record in records if record.prompt is None]
     # Wordings and ordinary words are few here and frequent in use, so they count many times. Generated names
     # count once: each of their syllables is shared by several.
@@ -484,7 +478,5 @@ def write(directory: str | Path, sets: Mapping[str, Sequence[Record]]) -> dict[s
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    content = (
-        {"text": record.text} if record.prompt is None else {"question": record.prompt, "answer": record.text}
-    )
+    content = {"text": record.text} if record.prompt is None else {"question": record.prompt, "answer": record.text}
     return {"id": record.id, **content, **record.fields}

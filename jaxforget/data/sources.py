@@ -65,11 +65,7 @@ def read_records(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1")
     extra = {"group": group_field, "label": label_field}
-    named = [
-        name
-        for name in (text_field, question_field, answer_field, id_field, *extra.values())
-        if name is not None
-    ]
+    named = [name for name in (text_field, question_field, answer_field, id_field, *extra.values()) if name is not None]
 
     records: list[Record] = []
     occurrences: Counter[str] = Counter()
@@ -79,9 +75,7 @@ def read_records(
     for where, row in islice(_rows(source, named), limit):
         place = f"{source}, {where}"
         if not records:
-            prompt_column, text_column = _content_columns(
-                place, row, text_field, question_field, answer_field
-            )
+            prompt_column, text_column = _content_columns(place, row, text_field, question_field, answer_field)
         prompt = None if prompt_column is None else _string(place, row, prompt_column)
         text = _string(place, row, text_column)
         if id_field is None:
@@ -127,9 +121,7 @@ def _content_columns(place, row, text_field, question_field, answer_field) -> tu
         text = next((name for name in TEXT_FIELDS if name in row), None)
         if text is not None:
             return None, text
-    raise UserError(
-        f"{place}: cannot tell which fields hold the text; present are {_names(row)}; set {FLAGS}"
-    )
+    raise UserError(f"{place}: cannot tell which fields hold the text; present are {_names(row)}; set {FLAGS}")
 
 
 def _names(row: Mapping[str, Any]) -> str:
@@ -151,18 +143,14 @@ def _string(place: str, row: Mapping[str, Any], column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"{place}: field {column!r} holds half a surrogate pair, which is not Unicode text"
-        ) from None
+        raise UserError(f"{place}: field {column!r} holds half a surrogate pair, which is not Unicode text") from None
     return value
 
 
 def _identity(place: str, row: Mapping[str, Any], column: str) -> str:
     value = _value(place, row, column)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
-        raise UserError(
-            f"{place}: id field {column!r} is {value!r}; it must be a non-empty string or a number"
-        )
+        raise UserError(f"{place}: id field {column!r} is {value!r}; it must be a non-empty string or a number")
     return str(value)
 
 
@@ -201,9 +189,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     # A byte order mark would otherwise become part of the first column's name.
                     yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number}: not UTF-8 text (byte 0x{raw[error.start]:02x})"
-                    ) from None
+                    raise UserError(f"{path}, line {number}: not UTF-8 text (byte 0x{raw[error.start]:02x})") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f"{path}: the gzip file is damaged or cut short after line {number}") from None
     except OSError as error:
@@ -277,9 +263,7 @@ def _array_rows(path: Path, text: str, start: int) -> Iterator[Row]:
 def _table_rows(path: Path, delimiter: str, named: list[str]) -> Iterator[Row]:
     quoted = delimiter == "," or _well_quoted(path, delimiter)
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(
-        (line for _, line in _lines(path)), delimiter=delimiter, quoting=quoting, strict=quoted
-    )
+    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, quoting=quoting, strict=quoted)
     header: list[str] | None = None
     for row in _cells(path, reader):
         where = f"line {reader.line_num}"
@@ -352,14 +336,10 @@ def _hub_rows(source: str, name: str, config: str | None, split: str | None) -> 
         data = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library raises a dozen kinds: no network, no such name, no such split
         reason = str(error).split("\n")[0].rstrip(". ") or type(error).__name__
-        raise UserError(
-            f"{source}: neither a file here nor a dataset that could be loaded ({reason})"
-        ) from None
+        raise UserError(f"{source}: neither a file here nor a dataset that could be loaded ({reason})") from None
     if isinstance(data, dict):
         if len(data) > 1 and "train" not in data:
-            raise UserError(
-                f"{source}: has splits {', '.join(data)}; choose one as {name}:{config or ''}:<split>"
-            )
+            raise UserError(f"{source}: has splits {', '.join(data)}; choose one as {name}:{config or ''}:<split>")
         data = data["train"] if "train" in data else next(iter(data.values()))
     for number, row in enumerate(data, 1):
         yield f"row {number}", dict(row)

@@ -52,7 +52,12 @@ def read(source: str, config: TextConfig) -> list[Record]:
 
 
 def encode(
-    records: Sequence[Record], tokenizer: Any, config: TextConfig, *, context: int, where: str,
+    records: Sequence[Record],
+    tokenizer: Any,
+    config: TextConfig,
+    *,
+    context: int,
+    where: str,
     tell: Callable[[str], None],
 ) -> Examples:
     """Tokenise records to the model's context and tell the user what had to be cut or dropped.

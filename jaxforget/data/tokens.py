@@ -80,9 +80,7 @@ def load_tokenizer(name_or_dir: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = Path(name_or_dir)
-    if not path.is_dir() and (
-        path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name_or_dir))
-    ):
+    if not path.is_dir() and (path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name_or_dir))):
         raise UserError(f"{name_or_dir}: not a tokenizer; give a directory or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_dir))
@@ -99,9 +97,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, where: str) -> None:
     """Raise UserError when the tokenizer can produce ids that the model `where` has no embedding for."""
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer produces {needed} ids, the model's vocabulary has only {vocab_size}"
-        )
+        raise UserError(f"{where}: the tokenizer produces {needed} ids, the model's vocabulary has only {vocab_size}")
 
 
 def tokenize(
@@ -129,9 +125,7 @@ def tokenize(
     if text_mode not in TEXT_MODES:
         raise UserError(f"text_mode is {text_mode!r}; use one of {', '.join(TEXT_MODES)}")
     if max_length < 2 or pad_to_multiple < 1:
-        raise UserError(
-            f"max_length is {max_length}, at least 2; pad_to_multiple is {pad_to_multiple}, at least 1"
-        )
+        raise UserError(f"max_length is {max_length}, at least 2; pad_to_multiple is {pad_to_multiple}, at least 1")
     if "{question}" not in prompt_template:
         raise UserError(f"prompt_template is {prompt_template!r}; it must contain {{question}}")
     eos = tokenizer.eos_token_id
@@ -142,9 +136,7 @@ def tokenize(
     plain = [record for record in records if record.prompt is None]
     asked = [record for record in records if record.prompt is not None]
     if text_mode == "pack" and asked:
-        raise UserError(
-            f"text_mode is 'pack', which is for plain text, but record {asked[0].id!r} has a question"
-        )
+        raise UserError(f"text_mode is 'pack', which is for plain text, but record {asked[0].id!r} has a question")
 
     texts = _encode(tokenizer, [record.text for record in plain], special=True)
     if appends_eos and (add_eos is False or text_mode == "pack"):
@@ -156,9 +148,7 @@ def tokenize(
         rows, dropped = _pack(texts, separator, tokenizer.bos_token_id, max_length, bool(add_eos))
         return _arrays(rows, tokenizer, max_length, pad_to_multiple, 0, dropped)
 
-    prompts = _encode(
-        tokenizer, [prompt_template.replace("{question}", record.prompt) for record in asked], True
-    )
+    prompts = _encode(tokenizer, [prompt_template.replace("{question}", record.prompt) for record in asked], True)
     if appends_eos:
         prompts = [prompt[:-1] for prompt in prompts]
     answers = _encode(tokenizer, [answer_prefix + record.text for record in asked], special=False)

@@ -15,7 +15,7 @@ MIN_K = (20, 30, 40, 50, 60, 100)
 
 
 def min_k_scores(scores: TokenScores, percent: float) -> np.ndarray:
-    """Return, a sequence, minus the mean of its max(1, floor(K n)) lowest log-probabilities, nats (arXiv 2310.16789)."""
+    """Return, a sequence, minus the mean of its max(1, floor(K n)) lowest log p, nats (arXiv 2310.16789)."""
     result = []
     for logp_T, scored_T in zip(scores.logp_NT, scores.scored_NT, strict=True):
         logp = np.sort(logp_T[scored_T].astype(np.float64))

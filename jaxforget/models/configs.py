@@ -21,9 +21,7 @@ def source_field():
     return dataclasses.field(default="{}", compare=False, repr=False)
 
 
-def read(
-    cls, raw: dict[str, Any], *, defaults: dict[str, Any] | None = None, ignore: Iterable[str] = (), **given
-):
+def read(cls, raw: dict[str, Any], *, defaults: dict[str, Any] | None = None, ignore: Iterable[str] = (), **given):
     """Build the dataclass `cls` from the keys of `raw` that it declares.
 
     given: fields that the caller has read. defaults: values of absent keys, before those of the class.

@@ -52,8 +52,7 @@ def generate(
     limit = model.config.position_limit
     if limit is not None and lengths_B.max() + max_new_tokens > limit:
         raise UserError(
-            f"max_new_tokens is {max_new_tokens} after a prompt of {lengths_B.max()}; "
-            f"this model has {limit} positions"
+            f"max_new_tokens is {max_new_tokens} after a prompt of {lengths_B.max()}; this model has {limit} positions"
         )
     # Move each row's tokens to the front. Then the side of the padding leaves no trace, not even in rounding.
     order_BT = np.argsort(~mask_BT, axis=1, kind="stable")[:, : lengths_B.max()]
@@ -64,9 +63,7 @@ def generate(
     greedy = temperature == 0
     logits_BV, cache = _prefill(model, params, tokens_BT, lengths_B, max_new_tokens)
     eos_ids = np.atleast_1d(np.asarray(() if eos_id is None else eos_id, np.int32))
-    return _decode(
-        model, params, logits_BV, cache, lengths_B, sampling, eos_ids, pad_id, max_new_tokens, greedy
-    )
+    return _decode(model, params, logits_BV, cache, lengths_B, sampling, eos_ids, pad_id, max_new_tokens, greedy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -72,9 +72,7 @@ def resolve(name_or_dir: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, unknown, gated, interrupted: the library has an exception for each
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"model {name} is not a directory and could not be fetched from the hub: {reason}"
-        ) from None
+        raise UserError(f"model {name} is not a directory and could not be fetched from the hub: {reason}") from None
 
 
 def to_params(model: Model, tensors: Mapping[str, np.ndarray], *, where: str = "tensors") -> Params:
@@ -111,8 +109,7 @@ def to_params(model: Model, tensors: Mapping[str, np.ndarray], *, where: str = "
             target = target.T if transposed else target
             if tensor.shape != target.shape:
                 raise UserError(
-                    f"{where}: tensor {name} has shape {tuple(tensor.shape)}; "
-                    f"the config expects {target.shape}"
+                    f"{where}: tensor {name} has shape {tuple(tensor.shape)}; the config expects {target.shape}"
                 )
             target[...] = tensor
         _set(params, path, leaf)
@@ -153,9 +150,7 @@ class _Tensors(Mapping):
         handle, file = self._where[name]
         stored = handle.get_slice(name).get_dtype()
         if stored not in _STORED:
-            raise UserError(
-                f"{file}: tensor {name} is stored as {stored}; supported: {', '.join(sorted(_STORED))}"
-            )
+            raise UserError(f"{file}: tensor {name} is stored as {stored}; supported: {', '.join(sorted(_STORED))}")
         try:
             return handle.get_tensor(name)
         except self._error as error:
@@ -175,9 +170,7 @@ def _weight_files(directory: Path) -> list[Path]:
                 raise UserError(f"{file} is missing; {INDEX} names it")
         return files
     if any(directory.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{directory} has only pytorch_model.bin; save it with safe_serialization as {WEIGHTS}"
-        )
+        raise UserError(f"{directory} has only pytorch_model.bin; save it with safe_serialization as {WEIGHTS}")
     raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
 
 

@@ -141,9 +141,7 @@ class Config:
             first = self.num_hidden_layers if window is None else self.max_window_layers
             types = [LAYER_TYPES[layer >= first] for layer in range(self.num_hidden_layers)]
         if window is None and LAYER_TYPES[1] in types:
-            raise UserError(
-                "config field layer_types has sliding_attention; set sliding_window and use_sliding_window"
-            )
+            raise UserError("config field layer_types has sliding_attention; set sliding_window and use_sliding_window")
         return tuple(window if kind == LAYER_TYPES[1] else None for kind in types)
 
     @property

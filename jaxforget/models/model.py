@@ -160,9 +160,7 @@ class Model:
         layers_L = {"cache": cache, "window": self._windows(reach), "scale": self.config.scales}
         if layers_L["scale"] is not None:
             layers_L["scale"] = np.asarray(layers_L["scale"], np.float32)
-        x_BTD, cache = run_blocks(
-            body, x_BTD, params["blocks"], layers_L, scan=self.scan_layers, remat=self.remat
-        )
+        x_BTD, cache = run_blocks(body, x_BTD, params["blocks"], layers_L, scan=self.scan_layers, remat=self.remat)
         if read_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, read_B[:, None, None], axis=1)
         return top.finish(x_BTD), cache

@@ -34,7 +34,9 @@ def cell(value: Any, interval: Any = None) -> str:
     return text if interval is None else f"{text} ±{interval:.2g}"
 
 
-def table(rows: Sequence[dict[str, Any]], fields: Sequence[str], mark: Callable[[dict], bool] = lambda row: False) -> str:
+def table(
+    rows: Sequence[dict[str, Any]], fields: Sequence[str], mark: Callable[[dict], bool] = lambda row: False
+) -> str:
     """Render rows as an HTML table; `mark` highlights yardstick rows."""
     head = "".join(f"<th>{html.escape(field.replace('_', ' '))}</th>" for field in fields)
     body = []
@@ -51,8 +53,16 @@ def figure(draw: Callable[[Any], None], *, width: float = 5.2, height: float = 3
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    with matplotlib.rc_context({"svg.hashsalt": "jaxforget", "font.size": 9, "axes.spines.top": False,
-                                "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}):
+    with matplotlib.rc_context(
+        {
+            "svg.hashsalt": "jaxforget",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+        }
+    ):
         canvas, axes = plt.subplots(figsize=(width, height), layout="constrained")
         draw(axes)
         buffer = io.StringIO()
@@ -65,7 +75,9 @@ def figure(draw: Callable[[Any], None], *, width: float = 5.2, height: float = 3
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[tuple[str, str, str]], config: dict) -> None:
     """Write the page. sections: (heading, one sentence on how to read it, HTML)."""
-    parts = [f"<h2>{html.escape(head)}</h2><p class='note'>{html.escape(note)}</p>{body}" for head, note, body in sections]
+    parts = [
+        f"<h2>{html.escape(head)}</h2><p class='note'>{html.escape(note)}</p>{body}" for head, note, body in sections
+    ]
     settings = html.escape(json.dumps(config, indent=2))
     write_atomic(
         path,

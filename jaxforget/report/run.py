@@ -53,7 +53,7 @@ def device_name() -> str:
 
 
 class Run:
-    """The directory of one command. Opening it checks that nothing is overwritten; `begin` creates it, `finish` writes."""
+    """The directory of one command. Opening it checks that nothing is overwritten; `begin` creates it."""
 
     def __init__(self, command: str, config: Any, out: Path | None, resume: bool):
         self.command, self.config = command, plain(config)
@@ -93,8 +93,11 @@ class Run:
             raise UserError(f"--out {self.directory} belongs to {command}, not to {self.command}")
         now = _flat(json.loads(json.dumps(self.config)))
         names = sorted({*before, *now} - set(NOT_COMPARED))
-        changed = [f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names
-                   if before.get(name) != now.get(name)]
+        changed = [
+            f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]
         if changed:
             raise UserError(f"--resume needs the settings the run was started with: {'; '.join(changed)}")
 

@@ -7,7 +7,6 @@ Shapes: S steps, B rows of a batch, T tokens.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +43,7 @@ class Batches:
     epochs: int
     seed: int
     weighting: Weighting = "sequence"
+    _newest: dict[int, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         width = max(stream.examples.columns["tokens"].shape[1] for stream in self.streams)
@@ -96,9 +96,11 @@ class Batches:
         epochs, rest = divmod(steps, self.steps_per_epoch)
         return epochs * len(stream.examples) + min(rest * stream.rows, len(stream.examples))
 
-    @functools.lru_cache(maxsize=8)  # the order of the current pass over each stream
     def _order(self, index: int, epoch: int) -> np.ndarray:
-        return order(self.streams[index].examples.columns["key"], self.seed, epoch)
+        """Return the order of one pass over a stream, keeping the newest."""
+        if self._newest.get(index, (None,))[0] != epoch:
+            self._newest[index] = (epoch, order(self.streams[index].examples.columns["key"], self.seed, epoch))
+        return self._newest[index][1]
 
     def _rows(self, index: int, step: int) -> np.ndarray:
         """Return the example indices of one stream in one step; shorter than `rows` at the end of the first's epoch."""
@@ -134,4 +136,3 @@ class Batches:
             factor = stream.factor * total / part["weight"].sum()
             part["factor"] = np.full(stream.rows, factor, np.float32)
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-

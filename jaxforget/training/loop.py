@@ -129,9 +129,8 @@ def fit(
         pending = (done, count, metrics_S)
         done += count
         last = done == batches.steps
-        if evaluate_every and (last or done % evaluate_every == 0):
-            if wants_stop():
-                stopped = done
+        if evaluate_every and (last or done % evaluate_every == 0) and wants_stop():
+            stopped = done
         due = last or stopped is not None or (checkpoint_every and done % checkpoint_every == 0)
         if checkpoints is not None and due:
             settle()  # a bad state must not replace a good one

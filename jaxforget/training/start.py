@@ -93,15 +93,29 @@ def scratch_config(size: SizeConfig, vocab_size: int, tokenizer: Any) -> dict[st
         raise UserError(f"--size.width {size.width} is not a multiple of --size.heads {size.heads}")
     if size.family == "gpt2":
         return {
-            "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": vocab_size,
-            "n_embd": size.width, "n_layer": size.layers, "n_head": size.heads, "n_positions": size.context,
-            "n_inner": size.mlp_width, **special,
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": vocab_size,
+            "n_embd": size.width,
+            "n_layer": size.layers,
+            "n_head": size.heads,
+            "n_positions": size.context,
+            "n_inner": size.mlp_width,
+            **special,
         }
     mlp_width = size.mlp_width or -(-8 * size.width // 3 // 8) * 8
     return {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab_size,
-        "hidden_size": size.width, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads or size.heads, "intermediate_size": mlp_width,
-        "max_position_embeddings": size.context, "tie_word_embeddings": True, "hidden_act": "silu",
-        "rms_norm_eps": 1e-5, **special,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab_size,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads or size.heads,
+        "intermediate_size": mlp_width,
+        "max_position_embeddings": size.context,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        **special,
     }

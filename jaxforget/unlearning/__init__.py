@@ -48,7 +48,9 @@ def adjust(methods: dict[str, Method], settings: tuple[str, ...]) -> dict[str, M
             raise UserError(f"--settings {setting}: no such method in this run; its methods are {', '.join(methods)}")
         fields = [f.name for f in dataclasses.fields(methods[name])]
         if field not in fields:
-            raise UserError(f"--settings {setting}: {name} has no {field!r}; it has {', '.join(fields) or 'no settings'}")
+            raise UserError(
+                f"--settings {setting}: {name} has no {field!r}; it has {', '.join(fields) or 'no settings'}"
+            )
         before = getattr(methods[name], field)
         try:
             value = type(before)(ast.literal_eval(text)) if not isinstance(before, str) else text

@@ -36,7 +36,7 @@ class AscentDescent:
 
 
 def mixed_streams(config, setting: Setting) -> tuple[Stream, ...]:
-    """Fill a batch with `setting.rows` forget and `retain_ratio` times as many retain rows; weights hold whatever the counts."""
+    """Fill a batch with forget rows and `retain_ratio` times as many retain rows; weights hold whatever the counts."""
     return (
         Stream(setting.sets["forget"], setting.rows, -config.forget_weight),
         Stream(setting.sets[config.retain_set], retain_rows(config, setting.rows), config.retain_weight),

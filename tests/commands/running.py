@@ -41,8 +41,7 @@ def run(module: str, *flags) -> subprocess.CompletedProcess:
 def files(directory: Path) -> dict[str, bytes | None]:
     """Return path -> content (None for directories) of everything below a directory."""
     return {
-        str(path.relative_to(directory)): None if path.is_dir() else path.read_bytes()
-        for path in directory.rglob("*")
+        str(path.relative_to(directory)): None if path.is_dir() else path.read_bytes() for path in directory.rglob("*")
     }
 
 

@@ -257,7 +257,11 @@ def test_a_long_record_is_truncated_and_counted(made, capsys, tmp_path, monkeypa
     "module, flags, expected",
     [
         ("train.unlearn", ("--methods", "nope"), "unknown method 'nope'"),
-        ("train.lm", ("--preset", "smoke", "--model", "no-such-owner/no-such-model"), "no-such-owner/no-such-model"),
+        (
+            "train.lm",
+            ("--preset", "smoke", "--model", "no-such-owner/no-such-model"),
+            "no-such-owner/no-such-model",
+        ),
         ("eval.unlearning", (), "--models"),
     ],
 )

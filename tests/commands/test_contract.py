@@ -172,7 +172,16 @@ def test_several_seeds_give_intervals(in_process):
 def test_a_given_model_alone_leaves_unknowns_null(runs, corpus, in_process):
     model = runs["train.unlearn"] / "seed0" / "models" / "original"
     ran = in_process(
-        train.unlearn, "given", "--model", model, "--forget", corpus["forget"], "--methods", METHODS[0], "--epochs", 1
+        train.unlearn,
+        "given",
+        "--model",
+        model,
+        "--forget",
+        corpus["forget"],
+        "--methods",
+        METHODS[0],
+        "--epochs",
+        1,
     )
     assert "--stop-at approximate" in ran.said  # it cannot stop there, and says so
     rows = running.results(ran.out)["results"]
@@ -180,7 +189,9 @@ def test_a_given_model_alone_leaves_unknowns_null(runs, corpus, in_process):
     known = {"forget_nll", "forget_accuracy", "seconds", "train_tokens"}
     for row in rows:
         assert {field for field in REQUIRED if row[field] is not None} == known
-    assert rows[0]["forget_nll"] == pytest.approx(running.row(runs["train.unlearn"], "original")["forget_nll"], abs=1e-6)
+    assert rows[0]["forget_nll"] == pytest.approx(
+        running.row(runs["train.unlearn"], "original")["forget_nll"], abs=1e-6
+    )
 
 
 def test_a_given_yardstick_is_used(runs, corpus, in_process):
@@ -209,7 +220,18 @@ def test_a_base_model_is_fine_tuned(runs, corpus, in_process):
 
 
 def test_a_method_that_diverges_is_a_row_with_a_note(in_process):
-    flags = ("--preset", "smoke", "--methods", METHODS[0], "--train.epochs", 1, "--epochs", 4, "--learning-rate", 1e30)
+    flags = (
+        "--preset",
+        "smoke",
+        "--methods",
+        METHODS[0],
+        "--train.epochs",
+        1,
+        "--epochs",
+        4,
+        "--learning-rate",
+        1e30,
+    )
     row = running.row(in_process(train.unlearn, "diverged", *flags).out, METHODS[0])
     assert row["verdict"] == "failed" and "loss is nan" in row["note"]
     assert all(row[field] is None for field in REQUIRED)

@@ -88,8 +88,7 @@ def test_groups_are_unequal_and_lean(sets):
         first_half = {fact.templates[0][1].format(value=value) for value in fact.pool[: len(fact.pool) // 2]}
         asked = [r for r in records if r.fields["fact"] == name]
         share = {
-            group: np.mean([r.text in first_half for r in asked if r.fields["group"] == group])
-            for group in groups
+            group: np.mean([r.text in first_half for r in asked if r.fields["group"] == group]) for group in groups
         }
         lean = share["north"] - share["south"]
         # Standard deviation of the difference is 0.06 without a lean; the lean is 0.6.
@@ -194,9 +193,7 @@ def test_tokenizer_is_deterministic(sets, tokenizer):
         "print(hashlib.sha256(build_tokenizer(general).backend_tokenizer.to_str().encode()).hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 

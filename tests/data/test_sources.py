@@ -92,10 +92,7 @@ def test_ids_depend_on_content_only(tmp_path):
 
 
 def test_ids_tell_question_from_answer():
-    assert (
-        len({content_id("ab", "c"), content_id("a", "bc"), content_id(None, "abc"), content_id("", "abc")})
-        == 4
-    )
+    assert len({content_id("ab", "c"), content_id("a", "bc"), content_id(None, "abc"), content_id("", "abc")}) == 4
 
 
 def test_json_shapes(tmp_path):
@@ -151,9 +148,7 @@ def test_limit_stops_reading(tmp_path):
 
 def test_table_without_header(tmp_path):
     path = tmp_path / "a.tsv"
-    path.write_text(
-        'good "film\t1\n"bad\t0\n'
-    )  # quotes that quote nothing, as plain tab-separated text has them
+    path.write_text('good "film\t1\n"bad\t0\n')  # quotes that quote nothing, as plain tab-separated text has them
     records = read_records(path, text_field="0", label_field="1")
     assert [(r.text, r.fields["label"]) for r in records] == [('good "film', "1"), ('"bad', "0")]
     path.write_text("0\t1\na\tb\n")
@@ -328,9 +323,7 @@ def test_real_tables():
         SHARED / "crows_pairs/crows_pairs_anonymized.csv", text_field="sent_more", group_field="bias_type"
     )
     assert len(pairs) == 1508 and len({r.fields["group"] for r in pairs}) == 9
-    truth = read_records(
-        SHARED / "truthfulqa/TruthfulQA.csv", question_field="Question", answer_field="Best Answer"
-    )
+    truth = read_records(SHARED / "truthfulqa/TruthfulQA.csv", question_field="Question", answer_field="Best Answer")
     assert len(truth) == 817 and len({r.fields["Category"] for r in truth}) == 38
 
 

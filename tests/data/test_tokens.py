@@ -100,9 +100,7 @@ def test_special_tokens_of_the_default_encoding(tokenizer, pattern):
         tokens = row(question, add_eos=add_eos).tolist()
         assert tokens.count(bos) == pattern.startswith("<s>")
         # EOS never stands between question and answer, and never twice.
-        assert [n for n, token in enumerate(tokens) if token == eos] == (
-            [] if add_eos is False else [len(tokens) - 1]
-        )
+        assert [n for n, token in enumerate(tokens) if token == eos] == ([] if add_eos is False else [len(tokens) - 1])
         text = row(plain, add_eos=add_eos).tolist()
         assert text.count(eos) == (pattern.endswith("</s>") if add_eos is None else add_eos)
 

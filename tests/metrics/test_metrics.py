@@ -1,4 +1,4 @@
-"""Metrics against independent numbers. Golden cases: perplexity, accuracy, Min-K% and AUC as specified for Yao et al."""
+"""Metrics against independent numbers: perplexity, accuracy, Min-K% and AUC in the definitions of Yao et al."""
 
 import json
 
@@ -23,9 +23,7 @@ def ragged(rows, correct=None):
 
 
 def test_perplexities_and_accuracy_follow_their_two_definitions():
-    scores = ragged(
-        [[-0.1, -2.0, -0.4], [-3.0], [-0.5, -0.5, -0.2, -0.8, -1.0]], [[1, 0, 1], [0], [1, 1, 1, 0, 0]]
-    )
+    scores = ragged([[-0.1, -2.0, -0.4], [-3.0], [-0.5, -0.5, -0.2, -0.8, -1.0]], [[1, 0, 1], [0], [1, 1, 1, 0, 0]])
     result = language_metrics(scores)
     assert result["perplexity"] == pytest.approx(4.383194418154874, rel=1e-6)
     assert result["token_perplexity"] == pytest.approx(2.5713844347880297, rel=1e-6)

@@ -42,8 +42,7 @@ CONFIGS = {
         "n_head": 4,
     },
     "llama": _SMALL | {"model_type": "llama", "rope_parameters": _LLAMA3, "tie_word_embeddings": False},
-    "mistral": _SMALL
-    | {"model_type": "mistral", "sliding_window": 5, "head_dim": 6, "tie_word_embeddings": False},
+    "mistral": _SMALL | {"model_type": "mistral", "sliding_window": 5, "head_dim": 6, "tie_word_embeddings": False},
     "qwen2": _SMALL | {"model_type": "qwen2", "rope_theta": 1000.0, "tie_word_embeddings": True},
 }
 TOKENS_BT = (np.arange(24).reshape(2, 12) ** 2 * 7 + np.arange(12)) % 31

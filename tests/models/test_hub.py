@@ -81,9 +81,7 @@ def test_copies_tokenizer_and_extra_files(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     model, params = formula.model("gpt2")
-    out = save(
-        tmp_path / "m", model, params, tokenizer_dir=tmp_path / "tokenizer", extra_files={"note.txt": "hello"}
-    )
+    out = save(tmp_path / "m", model, params, tokenizer_dir=tmp_path / "tokenizer", extra_files={"note.txt": "hello"})
     assert (out / "tokenizer.json").read_text() == "{}" and (out / "note.txt").read_text() == "hello"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

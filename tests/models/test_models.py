@@ -109,9 +109,7 @@ def test_layers_with_different_windows_scan_as_they_unroll():
     assert config.windows == (None, 4)
     params = tiny("qwen2")[1]
     scanned_BTV = logits_of(Model(config), params, TOKENS_BT)
-    np.testing.assert_allclose(
-        logits_of(Model(config, scan_layers=False), params, TOKENS_BT), scanned_BTV, **CLOSE
-    )
+    np.testing.assert_allclose(logits_of(Model(config, scan_layers=False), params, TOKENS_BT), scanned_BTV, **CLOSE)
     assert not np.allclose(scanned_BTV, logits_of(tiny("qwen2")[0], params, TOKENS_BT))
 
 
@@ -149,9 +147,7 @@ def test_bfloat16_is_close_to_float32(name):
 
 
 def test_equal_models_share_a_compiled_program():
-    one, two = (
-        Model(llama.Config.from_hf(formula.CONFIGS["llama"]), dtype=d) for d in ("float32", jnp.float32)
-    )
+    one, two = (Model(llama.Config.from_hf(formula.CONFIGS["llama"]), dtype=d) for d in ("float32", jnp.float32))
     assert one == two and hash(one) == hash(two)
     assert one != dataclasses.replace(one, remat=True)
     # What a file says besides the computation takes no part.

@@ -50,20 +50,14 @@ CASES = {
     "llama-theta": LLAMA | {"rope_theta": 300.0},
     "llama-parameters": LLAMA | {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
     "llama-linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 3.0}},
-    "llama-linear-new": LLAMA
-    | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 200.0}},
-    "llama-dynamic": LLAMA
-    | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 10},
-    "llama-llama3": LLAMA
-    | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10}, "head_dim": 8},
+    "llama-linear-new": LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 200.0}},
+    "llama-dynamic": LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 10},
+    "llama-llama3": LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 10}, "head_dim": 8},
     "llama-llama3-no-original": LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 50.0}, "head_dim": 8},
     "llama-yarn": LLAMA | {"rope_parameters": YARN, "head_dim": 12},
     "llama-yarn-mscale": LLAMA | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}},
     "llama-yarn-factor": LLAMA
-    | {
-        "rope_parameters": YARN
-        | {"attention_factor": 0.8, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
-    },
+    | {"rope_parameters": YARN | {"attention_factor": 0.8, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}},
     "mistral": MISTRAL | {"num_key_value_heads": 2, "sliding_window": 5},
     "mistral-full": MISTRAL | {"num_key_value_heads": 4, "sliding_window": None, "head_dim": 6},
     "qwen2": QWEN2 | {"num_key_value_heads": 2},
@@ -106,9 +100,7 @@ def torch_logits(theirs, tokens_BT):
 def torch_generate(theirs, tokens_BT, new, mask_BT=None):
     tokens_BT = torch.from_numpy(tokens_BT)
     mask_BT = torch.ones_like(tokens_BT) if mask_BT is None else torch.from_numpy(mask_BT)
-    out = theirs.generate(
-        tokens_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, pad_token_id=0
-    )
+    out = theirs.generate(tokens_BT, attention_mask=mask_BT, max_new_tokens=new, do_sample=False, pad_token_id=0)
     return out[:, tokens_BT.shape[1] :].numpy()
 
 
@@ -191,9 +183,7 @@ def test_init_deviates_as_theirs(case):
     ours = hub.to_tensors(model, model.init(jax.random.key(0)))
     for name, (shape, read) in ours.items():
         # Samples of at least 1500 numbers, or constants.
-        np.testing.assert_allclose(
-            np.std(read()), theirs[name].std(correction=0), rtol=0.12, atol=1e-7, err_msg=name
-        )
+        np.testing.assert_allclose(np.std(read()), theirs[name].std(correction=0), rtol=0.12, atol=1e-7, err_msg=name)
         assert tuple(theirs[name].shape) == shape
 
 

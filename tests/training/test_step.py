@@ -23,7 +23,9 @@ KEY = jax.random.key(7)
 
 def toy_step(objective=None, trainable=None, gradient=None, **settings):
     config = OptimizerConfig(**{"learning_rate": 0.05, "warmup": 0.0, **settings})
-    step = make_step(objective or next_token(TOY), trainable or everything(), gradient or mean_gradient(), adamw(config))
+    step = make_step(
+        objective or next_token(TOY), trainable or everything(), gradient or mean_gradient(), adamw(config)
+    )
     return step, config
 
 
@@ -176,7 +178,9 @@ def test_a_clipped_sum_plugs_in_as_a_gradient():
         def one(example):
             return losses(trainable, jax.tree.map(lambda x: x[None], example), key)[0]
 
-        grads_B = jax.vmap(lambda example: jax.grad(lambda p: losses(p, jax.tree.map(lambda x: x[None], example), key)[0])(trainable))(batch)
+        grads_B = jax.vmap(
+            lambda example: jax.grad(lambda p: losses(p, jax.tree.map(lambda x: x[None], example), key)[0])(trainable)
+        )(batch)
         norm_B = jax.vmap(optax.tree.norm)(grads_B)
         scale_B = batch["weight"] * jnp.minimum(1.0, clip / norm_B)
         return {"loss": jnp.mean(jax.vmap(one)(batch)), "norms": norm_B}, jax.tree.map(
@@ -207,7 +211,9 @@ def test_members_equal_separate_runs(how):
         state = set_schedule(state, learning_rate=rate, total=6)
         alone.append(make_run(step)(state, frozen, batches.take(0, 6, 6), 6)[0].trainable)
     state_K, frozen = together.init(keys, parts)
-    states = [set_schedule(jax.tree.map(lambda x, k=k: x[k], state_K), learning_rate=r, total=6) for k, r in enumerate(rates)]
+    states = [
+        set_schedule(jax.tree.map(lambda x, k=k: x[k], state_K), learning_rate=r, total=6) for k, r in enumerate(rates)
+    ]
     state_K = jax.tree.map(lambda *x: jnp.stack(x), *states)
     batch_SK = {n: np.stack([b.take(0, 6, 6)[n] for b in streams], axis=1) for n in streams[0].take(0, 1, 1)}
     state_K, metrics = make_run(together)(state_K, frozen, batch_SK, 6)

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from conftest import Toy, make_examples
 
-from jaxforget.data.sampling import id_keys
-from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.training.batches import Batches
 from jaxforget.training.gradients import mean_gradient
@@ -31,7 +29,7 @@ SETTING = Setting(TOY, PARAMS, SETS, rows=4, seed=0, special_ids=(0,), pad_id=0)
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A model whose logits are 2 sin(0.7 b + 1.3 t + 0.9 v + 0.13 t v + shift): the closed form of the golden values."""
+    """Logits 2 sin(0.7 b + 1.3 t + 0.9 v + 0.13 t v + shift): the closed form of the golden values."""
 
     max_length: int = 6
     vocab_size: int = 7
@@ -79,7 +77,9 @@ def test_gradient_ascent_value_is_golden():
 
 def test_ascent_descent_value_is_golden():
     # The released trainer on forget sequence 0 and retain sequence 1, factors -1 and +1: -0.3101931929319628.
-    forget, retain = (-sequence_mean(*token_logp(Table().shifted(s), labels)) for s, labels in ((0.0, FORGET[1]), (2.0, RETAIN[1])))
+    forget, retain = (
+        -sequence_mean(*token_logp(Table().shifted(s), labels)) for s, labels in ((0.0, FORGET[1]), (2.0, RETAIN[1]))
+    )
     method = METHODS["ascent_descent_indist"]
     value = -method.forget_weight * forget[0] + method.retain_weight * retain[1]
     assert float(value) == pytest.approx(-0.3101931929319628, rel=1e-5)
@@ -98,6 +98,7 @@ def test_kl_is_golden_and_the_released_form_differs_by_the_reference_entropy():
 
 
 # Every method
+
 
 def loss_and_gradient(name, params=PARAMS, sets=SETS, rows=4):
     recipe = METHODS[name].recipe(SETTING._replace(sets=sets, rows=rows))
