@@ -116,7 +116,8 @@ CASES = {
     "truncated model to score": (
         eval.unlearning, "--models {truncated} --forget {forget}", ["truncated/model.safetensors"]),
     "unsupported family": (train.lm, "--data {retain} --model {unsupported}", ["'t5'", "llama", "gpt2"]),
-    "no model directory": (train.unlearn, "--forget {forget} --model {home}/none --methods gradient_ascent", ["/none", "does not exist"]),
+    "no model directory": (
+        train.unlearn, "--forget {forget} --model {home}/none --methods gradient_ascent", ["/none", "does not exist"]),
     "yardstick of another shape": (
         train.unlearn, "--model {model} --retrained {wide} --forget {forget} --methods gradient_ascent",
         ["--retrained", "another architecture"]),
