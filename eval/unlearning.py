@@ -77,6 +77,7 @@ def run(config: Config) -> None:
         record = finished(Path(path)) or {}
         cost = {field: record.get(field) for field in COST}
         name = "retrained" if path == config.retrained else Path(path).name
+        name = path if any(row["name"] == name for row in out_rows) else name
         out_rows.append({"name": name, "path": path, **score(model, params, sets), **cost})
     yardstick = out_rows[0] if config.retrained else None
     for row in out_rows:

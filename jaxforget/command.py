@@ -72,10 +72,10 @@ def configure_jax() -> None:
 
 
 def at_least(low: int, **settings: int) -> None:
-    """Raise UserError naming the flag unless every setting is `low` or more."""
+    """Raise UserError naming the flag unless every setting is at least `low` and below 2**31."""
     for name, value in settings.items():
-        if value < low:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {low}")
+        if not low <= value < 2**31:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {low} and below 2**31")
 
 
 def compute_dtype(name: str) -> str:

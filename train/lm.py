@@ -84,7 +84,7 @@ FIELDS = (
 
 def run(config: Config) -> None:
     """Read, train, save, score."""
-    command.at_least(0, checkpoint_every=config.checkpoint_every)
+    command.at_least(0, checkpoint_every=config.checkpoint_every, seed=config.seed)
     config.train.microbatch_of(config.train.batch_size)
     out = Run("train.lm", config, config.out, config.resume)
     if config.data:

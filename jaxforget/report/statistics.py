@@ -12,6 +12,8 @@ def mean_ci95(values: Sequence[float]) -> tuple[float, float]:
     from scipy.stats import t
 
     count = len(values)
+    if len(set(values)) == 1:  # a setting, not a measurement: no rounding
+        return values[0], 0.0
     mean = sum(values) / count
     spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
     return mean, float(t.ppf(0.975, count - 1)) * spread / math.sqrt(count)

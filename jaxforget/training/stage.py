@@ -62,6 +62,7 @@ def train_stage(
         "seconds": outcome.seconds,
         "compile_seconds": outcome.compile_seconds,
         "train_tokens": outcome.tokens,
+        "tokens_per_second": outcome.tokens / max(outcome.seconds, 1e-9),
         "stopped_at": outcome.stopped_at,
         "learning_rate": learning_rate,
         **describe(outcome, params),
@@ -73,6 +74,8 @@ def train_stage(
     with tempfile.TemporaryDirectory() as scratch:
         save_tokenizer(Path(scratch))
         files = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
+    for stale in directory.parent.glob(f".{directory.name}.*"):  # what a kill during an earlier save left
+        shutil.rmtree(stale, ignore_errors=True)
     files[RECORD] = json.dumps(record, indent=2) + "\n"
     hub.save(directory, model, params, extra_files=files)
     shutil.rmtree(checkpoints, ignore_errors=True)

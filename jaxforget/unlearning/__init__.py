@@ -27,7 +27,7 @@ METHODS: dict[str, Method] = {
 
 def choose(names: tuple[str, ...]) -> dict[str, Method]:
     """Look up methods by name, in the order given; `all` is every row. Raises UserError listing the valid names."""
-    if names == ("all",):
+    if "all" in names:
         return dict(METHODS)
     for name in names:
         if name not in METHODS:

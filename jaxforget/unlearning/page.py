@@ -12,7 +12,7 @@ YARDSTICKS = ("original", "retrained")
 FIELDS = (
     "name", "forget_nll", "approximate_nll", "retain_nll", "general_nll", "forget_accuracy", "retain_accuracy",
     "mink40_auc", "gap_to_retrained", "retain_perplexity_change", "verdict", "steps", "seconds", "train_tokens",
-    "flops_vs_retraining", "learning_rate",
+    "tokens_per_second", "flops_vs_retraining", "learning_rate",
 )  # fmt: skip
 TERMINAL = (
     "name", "forget_nll", "approximate_nll", "retain_nll", "general_nll", "mink40_auc", "gap_to_retrained",
@@ -76,11 +76,12 @@ def _trade_off(axes, rows, utility) -> None:
 
 
 def _curves(axes, curves, rows, name) -> None:
-    shown = [row["name"] for row in rows]
     field = f"{name}_nll"
     top = 0.0
-    for index, stage in enumerate(shown):
-        points = [(line["step"], line[field]) for line in curves if line["stage"] == stage and field in line]
+    for index, row in enumerate(rows):
+        stage = row["name"]
+        tried = f"{stage}@{row['learning_rate']:g}" if row.get("learning_rate") else None  # the rate that was kept
+        points = [(line["step"], line[field]) for line in curves if line["stage"] in (stage, tried) and field in line]
         if points and stage not in YARDSTICKS:
             axes.plot(*zip(*points, strict=True), color=f"C{index % 10}", label=stage, lw=1.4)
             top = max(top, *(value for _, value in points))

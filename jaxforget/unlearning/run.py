@@ -46,18 +46,14 @@ def unlearn(
     batches = Batches(recipe.streams, config.epochs, setting.seed)
     last: dict[str, float] = {}
 
-    def measure(params) -> None:
-        for name, examples in watched.items():
-            last[f"{name}_nll"] = language_metrics(token_scores(model, params, examples))["nll"]
-
     def evaluate(step: int, parts) -> bool:
-        measure(parts["model"])
+        last.update(watched_losses(model, parts["model"], watched))
         curve(step, dict(last))
         return target is not None and last["forget_nll"] >= target
 
     def describe(outcome, params) -> dict[str, Any]:
         if not last:  # killed between the last checkpoint and the saved model: the loop had nothing left to do
-            measure(params)
+            last.update(watched_losses(model, params, watched))
         reference = sum(batches.tokens_until(outcome.steps, stream=i) for i in recipe.reference_streams)
         prepared = recipe.prepare_forwards * int(setting.sets["forget"].lengths.sum())
         return {"forward_tokens": reference + prepared, "watched": last}
@@ -66,6 +62,11 @@ def unlearn(
         directory, model, step, parts, batches, learning_rate=learning_rate, evaluate=evaluate,
         evaluate_every=evaluate_every, describe=describe, **stage,
     )  # fmt: skip
+
+
+def watched_losses(model, params, watched: Mapping[str, Examples]) -> dict[str, float]:
+    """Return <set>_nll of every watched set, nats a token."""
+    return {f"{name}_nll": language_metrics(token_scores(model, params, one))["nll"] for name, one in watched.items()}
 
 
 def sample(examples: Examples, size: int) -> Examples:

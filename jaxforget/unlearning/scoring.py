@@ -13,7 +13,7 @@ SETS = ("forget", "approximate", "retain", "general")
 LANGUAGE = ("nll", "perplexity", "token_perplexity", "accuracy")
 AUCS = tuple(f"mink{percent}_auc" for percent in MIN_K) + ("loss_auc",)
 METRICS = tuple(f"{name}_{metric}" for name in SETS for metric in LANGUAGE) + AUCS
-COST = ("seconds", "train_tokens", "train_flops", "flops_vs_retraining", "steps")
+COST = ("seconds", "train_tokens", "tokens_per_second", "train_flops", "flops_vs_retraining", "steps")
 
 
 def score(model, params, sets: Mapping[str, Examples]) -> dict[str, Any]:

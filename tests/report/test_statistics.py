@@ -1,0 +1,36 @@
+"""Intervals over seeds, and numbers as JSON."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import t
+
+from jaxforget.report.run import plain
+from jaxforget.report.statistics import mean_ci95, over_seeds
+
+
+def test_interval_is_students():
+    values = [1.0, 2.0, 4.0]
+    mean, half = mean_ci95(values)
+    low, high = t.interval(0.95, 2, loc=np.mean(values), scale=np.std(values, ddof=1) / np.sqrt(3))
+    assert mean == pytest.approx(7 / 3) and mean - half == pytest.approx(low) and mean + half == pytest.approx(high)
+
+
+def test_a_constant_is_itself():
+    assert mean_ci95([0.003] * 3) == (0.003, 0.0)
+
+
+def test_rows_join_by_name_and_a_missing_seed_is_missing():
+    runs = [[{"name": "a", "x": 1.0, "y": None, "v": "ok"}], [{"name": "a", "x": 3.0, "y": 2.0, "v": "bad"}]]
+    (row,) = over_seeds(runs)
+    assert row["x"] == 2.0 and row["x_ci95"] == pytest.approx(12.706, rel=1e-4)  # t(0.975, 1) times sd / sqrt(2) = 1
+    assert row["y"] is None and "y_ci95" not in row
+    assert row["v"] == "ok / bad" and row["seeds"] == 2
+    assert over_seeds(runs[:1]) == runs[0]
+
+
+def test_json_never_holds_nan_or_infinity():
+    value = plain({"a": float("nan"), "b": [np.float32(np.inf), np.int64(3)], "c": Path("x") / "y"})
+    assert json.dumps(value, allow_nan=False) == '{"a": null, "b": [null, 3], "c": "x/y"}'
