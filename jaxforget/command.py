@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxforget.errors import UserError
+from jaxforget.errors import NonFiniteLoss, UserError
 from jaxforget.report.page import cell
 
 
@@ -35,7 +35,7 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
         run(config)
     except UserError as error:
         _fail(error, 2)
-    except ArithmeticError as error:
+    except NonFiniteLoss as error:
         _fail(error, 1)
     except KeyboardInterrupt:
         _fail("interrupted; run again with --resume", 130)

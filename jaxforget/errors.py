@@ -1,4 +1,4 @@
-"""The one exception a user can cause; commands print it as a single sentence and exit with code 2."""
+"""What can go wrong that is not a defect: commands print it as one sentence and exit with code 2 or 1."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     No ValueError: tyro catches those of a nested config and prints them its own way.
     """
+
+
+class NonFiniteLoss(Exception):
+    """The loss became infinite or NaN, and the run stopped there: exit code 1."""

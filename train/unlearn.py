@@ -17,13 +17,12 @@ from jaxforget import command
 from jaxforget.data import fictional
 from jaxforget.data.text import TextConfig, encode, read
 from jaxforget.data.tokens import Examples, concatenate
-from jaxforget.errors import UserError
+from jaxforget.errors import NonFiniteLoss, UserError
 from jaxforget.models import hub
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
-from jaxforget.training.loop import NonFiniteLoss
 from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import finished, train_stage

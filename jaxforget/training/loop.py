@@ -15,15 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxforget.errors import NonFiniteLoss
 from jaxforget.training.batches import Batches
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.step import Parts, State, Step, make_run
 
 Log = Callable[[int, dict[str, float]], None]
-
-
-class NonFiniteLoss(ArithmeticError):
-    """The loss became infinite or NaN; the run stopped there."""
 
 
 @dataclasses.dataclass

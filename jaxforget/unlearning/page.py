@@ -10,14 +10,11 @@ from jaxforget.report.page import figure, table, write_page
 
 YARDSTICKS = ("original", "retrained")
 FIELDS = (
-    "name", "forget_nll", "approximate_nll", "retain_nll", "general_nll", "forget_accuracy", "retain_accuracy",
-    "mink40_auc", "gap_to_retrained", "retain_perplexity_change", "verdict", "steps", "seconds", "train_tokens",
+    "name", "verdict", "forget_nll", "approximate_nll", "retain_nll", "general_nll", "retain_perplexity_change",
+    "gap_to_retrained", "mink40_auc", "forget_accuracy", "retain_accuracy", "steps", "seconds", "train_tokens",
     "tokens_per_second", "flops_vs_retraining", "learning_rate",
 )  # fmt: skip
-TERMINAL = (
-    "name", "forget_nll", "approximate_nll", "retain_nll", "general_nll", "mink40_auc", "gap_to_retrained",
-    "retain_perplexity_change", "verdict", "steps", "seconds", "flops_vs_retraining",
-)  # fmt: skip
+TERMINAL = tuple(f for f in FIELDS if f not in ("forget_accuracy", "retain_accuracy", "train_tokens", "learning_rate"))
 
 
 def verdict(row: dict[str, Any], original: dict[str, Any], retrained: dict[str, Any] | None) -> str | None:
