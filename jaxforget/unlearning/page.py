@@ -20,10 +20,12 @@ TERMINAL = tuple(f for f in FIELDS if f not in ("forget_accuracy", "retain_accur
 def verdict(row: dict[str, Any], original: dict[str, Any], retrained: dict[str, Any] | None) -> str | None:
     """Say whether a method did what retraining does: forget loss within 10 %, retain perplexity harmed by under 10 %.
 
-    null without a retrained model or a retain set.
+    null without a retrained model or a retain set. Says so where the original passes as well: then nothing was measured.
     """
     if retrained is None or row["retain_perplexity"] is None:
         return None
+    if original["forget_nll"] >= 0.9 * retrained["forget_nll"]:
+        return "nothing to forget"
     ratio = row["forget_nll"] / retrained["forget_nll"]
     forgot = "forgot too little" if ratio < 0.9 else "forgot too much" if ratio > 1.1 else ""
     harmed = "harmed retain" if row["retain_perplexity"] > 1.1 * original["retain_perplexity"] else ""
