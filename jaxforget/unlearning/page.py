@@ -20,7 +20,7 @@ TERMINAL = tuple(f for f in FIELDS if f not in ("forget_accuracy", "retain_accur
 def verdict(row: dict[str, Any], original: dict[str, Any], retrained: dict[str, Any] | None) -> str | None:
     """Say whether a method did what retraining does: forget loss within 10 %, retain perplexity harmed by under 10 %.
 
-    null without a retrained model or a retain set. Says so where the original passes as well: then nothing was measured.
+    null without a retrained model or a retain set. Where the original passes as well, nothing was measured.
     """
     if retrained is None or row["retain_perplexity"] is None:
         return None

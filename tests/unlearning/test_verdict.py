@@ -1,4 +1,4 @@
-"""The verdict of the table: forget loss within 10 % of the retrained model's, retain perplexity harmed by under 10 %."""
+"""The verdict: forget loss within 10 % of the retrained model's, retain perplexity harmed by under 10 %."""
 
 import pytest
 
