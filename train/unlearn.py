@@ -94,13 +94,12 @@ class Config:
 
 
 def default() -> Config:
-    """80 fictional people, a model of 0.3 M parameters, seven methods; about two minutes on two CPU cores"""
+    """100 fictional people, a model of 0.3 M parameters, seven methods; about two minutes on two CPU cores"""
     # The paper's 1:1 mix harms the retained people by 15 to 30 % at every rate tried: docs/experiments.md.
     mixed = [name for name, method in METHODS.items() if method.needs]
     twice = [f"{name}.{field}" for name in mixed
              for field in ("retain_ratio=2", f"retain_weight={2 * METHODS[name].forget_weight:g}")]  # fmt: skip
-    corpus = fictional.FictionalConfig(people=80, forget_fraction=0.15, facts_per_person=8, general_records=400)
-    return Config(settings=tuple(twice), corpus=corpus)
+    return Config(settings=tuple(twice))
 
 
 def smoke() -> Config:

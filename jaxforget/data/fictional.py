@@ -37,9 +37,9 @@ class FictionalConfig:
     people: int = 100
     forget_fraction: float = 0.1
     approximate_people: int | None = None
-    facts_per_person: int = 12
+    facts_per_person: int = 8
     paraphrases: int = 2
-    general_records: int = 600
+    general_records: int = 400
     general_test_records: int = 100
     seed: int = 0
 

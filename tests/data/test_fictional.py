@@ -16,7 +16,7 @@ from jaxforget.data.tokens import load_tokenizer, tokenize
 from jaxforget.errors import UserError
 
 PEOPLE_SETS = ("forget", "retain", "approximate")
-CONFIG = FictionalConfig(people=300, facts_per_person=20, paraphrases=2)
+CONFIG = FictionalConfig(people=300, facts_per_person=20, paraphrases=2, general_records=600)
 
 
 @pytest.fixture(scope="module")
