@@ -1,15 +1,14 @@
 """From files to arrays: sources (records), tokens (arrays), sampling (order), fictional (built-in corpus)."""
 
-from jaxforget.data.fictional import FictionalConfig, build_tokenizer, generate, write
+from jaxforget.data.fictional import FictionalConfig, generate, tokenizer_texts, write
 from jaxforget.data.sampling import hash64, hash_int, id_keys, order
 from jaxforget.data.sources import Record, content_id, read_records
-from jaxforget.data.tokens import Examples, check_vocabulary, concatenate, load_tokenizer, tokenize
+from jaxforget.data.tokens import Examples, check_vocabulary, concatenate, load_tokenizer, tokenize, train_tokenizer
 
 __all__ = [
     "Examples",
     "FictionalConfig",
     "Record",
-    "build_tokenizer",
     "check_vocabulary",
     "concatenate",
     "content_id",
@@ -21,5 +20,7 @@ __all__ = [
     "order",
     "read_records",
     "tokenize",
+    "tokenizer_texts",
+    "train_tokenizer",
     "write",
 ]

@@ -18,7 +18,6 @@ from jaxforget.data.sampling import hash64, hash_int
 from jaxforget.data.sources import Record
 from jaxforget.errors import UserError
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 GROUPS = {"north": 0.7, "south": 0.3}
 GROUP_LEAN = 0.8  # probability of a group's own half of a pool, for facts that depend on the group
 WRONG_ANSWERS = 4
@@ -405,44 +404,13 @@ def _check(config: FictionalConfig) -> None:
         raise UserError(f"forget_fraction is {config.forget_fraction}; it must lie between 0 and 1")
 
 
-def build_tokenizer(records: Sequence[Record] = (), vocab_size: int = 1024) -> Any:
-    """Train a byte-level BPE on the given records, all pools and all templates.
+def tokenizer_texts(records: Sequence[Record] = ()) -> list[str]:
+    """Return the texts to train a tokenizer on: the given records, all pools and all templates.
 
     Give it general records, never those of people: a full name it has seen would become shorter than one it
     has not, and the length alone would tell trained people from others. Pools hold each name once and full
-    names nowhere. Digits stay single. Encoding adds no BOS: every prompt already starts with the same word.
-    The same records give the same tokenizer. vocab_size: an upper bound, at least 256 bytes and 3 special
-    tokens.
+    names nowhere.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    if vocab_size < 259:
-        raise UserError(f"vocab_size is {vocab_size}; it must be at least 259: 256 bytes and 3 special tokens")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        # A merge seen once would be a whole name from a pool: those stay in syllables.
-        min_frequency=2,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_tokenizer_texts(records), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def _tokenizer_texts(records: Sequence[Record]) -> list[str]:
     texts = [f"Question: {record.prompt}\nAnswer: {record.text}" for record in records if record.prompt is not None]
     texts += [record.text for record in records if record.prompt is None]
     # Wordings and ordinary words are few here and frequent in use, so they count many times. Generated names

@@ -53,6 +53,7 @@ def read_records(
 ) -> list[Record]:
     """Read every record of a file, or of a hub dataset `owner/name[:config][:split]`.
 
+    A source that ends with `::field=value` gives only the records whose field has that value.
     Without field names the first record decides: question (or prompt) with answer, completion or response;
     else text, content, sentence or document. Field names that are all numbers count the columns of a table
     without a header, from 0. The group and label columns are copied to fields["group"] and fields["label"].
@@ -64,6 +65,7 @@ def read_records(
         raise UserError("--text-field cannot be combined with --question-field or --answer-field")
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}; it must be at least 1")
+    source, wanted = _selection(str(source))
     extra = {"group": group_field, "label": label_field}
     named = [name for name in (text_field, question_field, answer_field, id_field, *extra.values()) if name is not None]
 
@@ -72,7 +74,7 @@ def read_records(
     seen: dict[str, str] = {}
     prompt_column: str | None = None
     text_column = ""
-    for where, row in islice(_rows(source, named), limit):
+    for where, row in islice(_selected(source, _rows(source, named), wanted), limit):
         place = f"{source}, {where}"
         if not records:
             prompt_column, text_column = _content_columns(place, row, text_field, question_field, answer_field)
@@ -96,7 +98,7 @@ def read_records(
                 fields[name] = _value(place, row, column)
         records.append(Record(id=identity, text=text, prompt=prompt, fields=fields))
     if not records:
-        raise UserError(f"{source}: holds no records")
+        raise UserError(f"{source}: holds no records" + (f" whose {wanted[0]!r} is {wanted[1]!r}" if wanted else ""))
     return records
 
 
@@ -105,6 +107,18 @@ def content_id(prompt: str | None, text: str) -> str:
     # The length keeps ("ab", "c") apart from ("a", "bc"); "-" keeps no prompt apart from an empty one.
     head = "-" if prompt is None else str(len(prompt))
     return hashlib.sha256(f"{head}:{prompt or ''}{text}".encode()).hexdigest()[:20]
+
+
+def _selection(source: str) -> tuple[str, tuple[str, str] | None]:
+    """Split `source::field=value`."""
+    found = re.fullmatch(r"(.+)::([^:=]+)=(.*)", source)
+    return (found[1], (found[2], found[3])) if found else (source, None)
+
+
+def _selected(source: str, rows: Iterator[Row], wanted: tuple[str, str] | None) -> Iterator[Row]:
+    for where, row in rows:
+        if wanted is None or str(_value(f"{source}, {where}", row, wanted[0])) == wanted[1]:
+            yield where, row
 
 
 # ---------------------------------------------------------------- columns

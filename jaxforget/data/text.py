@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jaxforget.data.sources import Record, read_records
+from jaxforget.data.tasks import classify, maskable, pairs
 from jaxforget.data.tokens import Examples, tokenize
 from jaxforget.errors import UserError
 
@@ -23,6 +24,8 @@ class TextConfig:
     """Column with the answer (scored)."""
     id_field: str | None = None
     """Column with a unique id; without it an id is a digest of the content."""
+    label_field: str | None = None
+    """Column with the class (--task classification); "label" when not given."""
     limit: int | None = None
     """Read at most this many records of each source."""
     max_length: int | None = None
@@ -47,8 +50,15 @@ def read(source: str, config: TextConfig) -> list[Record]:
         question_field=config.question_field,
         answer_field=config.answer_field,
         id_field=config.id_field,
+        label_field=config.label_field,
         limit=config.limit,
     )
+
+
+def tokenizer_texts(records: Sequence[Record], config: TextConfig) -> list[str]:
+    """Return the texts that a tokenizer for these records is trained on: prompts as the model reads them, and texts."""
+    prompts = [config.prompt_template.replace("{question}", record.prompt) for record in records if record.prompt]
+    return prompts + [f" {record.text}" if record.prompt else record.text for record in records]
 
 
 def encode(
@@ -59,17 +69,31 @@ def encode(
     context: int,
     where: str,
     tell: Callable[[str], None],
+    task: str = "causal",
+    labels: Sequence[str] = (),
+    start_id: int = 0,
 ) -> Examples:
-    """Tokenise records to the model's context and tell the user what had to be cut or dropped.
+    """Tokenise records for a task, to the model's context, and tell the user what had to be cut or dropped.
 
-    Raises UserError when `max_length` exceeds the context or nothing is left.
+    labels: the class names of a classification head. start_id: the token a seq2seq decoder begins with. Raises
+    UserError when `max_length` exceeds the context or nothing is left.
     """
     longest = config.max_length or context
     if longest > context:
         raise UserError(f"--max-length is {longest}, but the model's context is {context} tokens")
-    examples = tokenize(
-        records, tokenizer, max_length=longest, text_mode=config.text_mode, prompt_template=config.prompt_template
-    )
+    if task != "causal" and config.text_mode != "truncate":
+        raise UserError(f"--text-mode {config.text_mode} is for --task causal; {task} reads whole records")
+    if task == "classification":
+        examples = classify(records, tokenizer, labels, max_length=longest, where=where)
+    elif task == "masked":
+        examples = maskable(records, tokenizer, max_length=longest)
+    elif task == "seq2seq":
+        examples = pairs(records, tokenizer, max_length=longest, start_id=start_id,
+                         prompt_template=config.prompt_template)  # fmt: skip
+    else:
+        examples = tokenize(
+            records, tokenizer, max_length=longest, text_mode=config.text_mode, prompt_template=config.prompt_template
+        )
     if examples.truncated:
         tell(f"{where}: {examples.truncated} of {len(records)} records are longer than {longest} tokens; truncated")
     if examples.dropped:

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from jaxforget.data.sources import Record
 from jaxforget.errors import UserError
 
 IGNORED = -100  # the label of a position whose prediction is not scored
+FILLS = {"labels": IGNORED, "segments": 0}  # padding of a column; of others the padding token
+BOS, EOS, PAD, MASK = "<s>", "</s>", "<pad>", "<mask>"
 SHORTEST_CHUNK = 5  # chunks under this many tokens are dropped when splitting, arXiv 2402.15159
 TEXT_MODES = ("truncate", "split", "pack")
 
@@ -26,8 +28,9 @@ class Examples:
     columns: tokens int32 (N, T), right-padded; labels int32 (N, T), where labels[n, t] is the token that
     position t must predict, tokens[n, t + 1], or -100 where nothing is scored (always in the last column and
     in padding); length int32 (N,), the real tokens of each row (the padding id may be a real token); key
-    uint64 (N,), a digest of the id that data order and randomness depend on. truncated: records cut to fit.
-    dropped: records, or chunks of them, with too little left to score.
+    uint64 (N,), a digest of the id that data order and randomness depend on. Other tasks have other columns:
+    data/tasks.py. truncated: records cut to fit. dropped: records, or chunks of them, with too little left to
+    score.
     """
 
     ids: tuple[str, ...]
@@ -56,23 +59,72 @@ class Examples:
         columns = {name: column[chosen] for name, column in self.columns.items()}
         return Examples(tuple(self.ids[index] for index in chosen), columns, self.pad_id)
 
-    def widen(self, width: int) -> "Examples":
-        """Right-pad tokens and labels to `width` columns. Other columns stay."""
-        fills = {"tokens": self.pad_id, "labels": IGNORED}
+    def widen(self, widths: Mapping[str, int]) -> "Examples":
+        """Right-pad the named columns to these widths, each with what says nothing there."""
         columns = dict(self.columns)
-        for name, fill in fills.items():
+        for name, width in widths.items():
+            fill = FILLS.get(name, self.pad_id)
             extra = width - columns[name].shape[1]
             columns[name] = np.pad(columns[name], ((0, 0), (0, extra)), constant_values=fill)
         return replace(self, columns=columns)
 
 
+def same_widths(parts: Sequence[Examples]) -> list[Examples]:
+    """Pad every column over tokens to its longest T among the parts."""
+    names = [name for name, column in parts[0].columns.items() if column.ndim == 2]
+    widths = {name: max(part.columns[name].shape[1] for part in parts) for name in names}
+    return [part.widen(widths) for part in parts]
+
+
 def concatenate(parts: Sequence[Examples]) -> Examples:
-    """Join examples, padding tokens and labels to the longest T. Other columns must agree in shape."""
-    wide = [part.widen(max(part.columns["tokens"].shape[1] for part in parts)) for part in parts]
+    """Join examples, padding to the longest T. They must have the same columns."""
+    wide = same_widths(parts)
     columns = {name: np.concatenate([part.columns[name] for part in wide]) for name in parts[0].columns}
     ids = tuple(identity for part in parts for identity in part.ids)
     truncated, dropped = sum(part.truncated for part in parts), sum(part.dropped for part in parts)
     return Examples(ids, columns, parts[0].pad_id, truncated, dropped)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, *, wrap: bool = False, segments: bool = False) -> Any:
+    """Train a byte-level BPE with single digits and the special tokens <s>, </s> and <pad>.
+
+    wrap: encoding puts <s> before a text and </s> after it, and there is a <mask>, as encoders expect.
+    segments: also tell the two texts of a pair apart. The same
+    texts give the same tokenizer. vocab_size: an upper bound, at least 256 bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [BOS, EOS, PAD, MASK] if wrap else [BOS, EOS, PAD]
+    if vocab_size < 256 + len(special):
+        raise UserError(
+            f"vocab_size is {vocab_size}; it must be at least {256 + len(special)}: 256 bytes and {len(special)} "
+            "special tokens"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,  # a merge seen once would be one name
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if wrap:
+        ids = [(name, tokenizer.token_to_id(name)) for name in (BOS, EOS)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A {EOS}", pair=f"{BOS} $A {EOS} $B:1 {EOS}:1", special_tokens=ids
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD,
+        mask_token=MASK if wrap else None, cls_token=BOS if wrap else None, sep_token=EOS if wrap else None,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", *["token_type_ids"] * segments, "attention_mask"],
+    )  # fmt: skip
 
 
 def load_tokenizer(name_or_dir: str | Path) -> Any:
@@ -214,15 +266,26 @@ def _pack(texts, separator, bos, max_length, end) -> tuple[list[tuple[str, list[
     return rows, len(blocks) - len(kept)
 
 
-def _arrays(rows, tokenizer, max_length, pad_to_multiple, truncated, dropped) -> Examples:
-    longest = max((len(tokens) for _, tokens, _ in rows), default=1)
-    width = min(max_length, -(-longest // pad_to_multiple) * pad_to_multiple)
+def pad_id_of(tokenizer: Any) -> int:
+    """Give the id that fills padding: the tokenizer's, else its EOS, else 0."""
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad_id = next(pad for pad in pads if pad is not None)
-    tokens_NT = np.full((len(rows), width), pad_id, np.int32)
-    labels_NT = np.full((len(rows), width), IGNORED, np.int32)
+    return next(pad for pad in pads if pad is not None)
+
+
+def right_pad(rows: Sequence[Sequence[int]], fill: int, max_length: int, pad_to_multiple: int = 8) -> np.ndarray:
+    """Stack rows of different lengths, int32 (N, T): T is the longest rounded up, at most max_length."""
+    longest = max((len(row) for row in rows), default=1)
+    stacked = np.full((len(rows), min(max_length, -(-longest // pad_to_multiple) * pad_to_multiple)), fill, np.int32)
+    for n, row in enumerate(rows):
+        stacked[n, : len(row)] = row
+    return stacked
+
+
+def _arrays(rows, tokenizer, max_length, pad_to_multiple, truncated, dropped) -> Examples:
+    pad_id = pad_id_of(tokenizer)
+    tokens_NT = right_pad([tokens for _, tokens, _ in rows], pad_id, max_length, pad_to_multiple)
+    labels_NT = np.full_like(tokens_NT, IGNORED)
     for n, (_, tokens, first) in enumerate(rows):
-        tokens_NT[n, : len(tokens)] = tokens
         labels_NT[n, first - 1 : len(tokens) - 1] = tokens[first:]
     ids = tuple(identity for identity, _, _ in rows)
     length_N = np.asarray([len(tokens) for _, tokens, _ in rows], np.int32)

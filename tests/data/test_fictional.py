@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxforget.data.fictional import FACTS, FictionalConfig, build_tokenizer, generate, write
+from jaxforget.data.fictional import FACTS, FictionalConfig, generate, tokenizer_texts, write
 from jaxforget.data.sources import Record, read_records
-from jaxforget.data.tokens import load_tokenizer, tokenize
+from jaxforget.data.tokens import load_tokenizer, tokenize, train_tokenizer
 from jaxforget.errors import UserError
 
 PEOPLE_SETS = ("forget", "retain", "approximate")
@@ -26,7 +26,7 @@ def sets():
 
 @pytest.fixture(scope="module")
 def tokenizer(sets):
-    return build_tokenizer(sets["general"])
+    return train_tokenizer(tokenizer_texts(sets["general"]))
 
 
 def _people(records):
@@ -184,13 +184,13 @@ def test_lengths_do_not_tell_trained_from_untrained(sets, tokenizer):
 
 
 def test_tokenizer_is_deterministic(sets, tokenizer):
-    again = build_tokenizer(sets["general"])
+    again = train_tokenizer(tokenizer_texts(sets["general"]))
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     # Another process hashes strings differently.
     code = (
         "import hashlib; from jaxforget.data import *; from dataclasses import *;"
         f"general = generate({CONFIG!r})['general'];"
-        "print(hashlib.sha256(build_tokenizer(general).backend_tokenizer.to_str().encode()).hexdigest())"
+        "print(hashlib.sha256(train_tokenizer(tokenizer_texts(general)).backend_tokenizer.to_str().encode()).hexdigest())"
     )
     environment = os.environ | {"PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -199,4 +199,4 @@ def test_tokenizer_is_deterministic(sets, tokenizer):
 
 def test_tokenizer_needs_room_for_bytes():
     with pytest.raises(UserError, match="vocab_size is 100"):
-        build_tokenizer([], vocab_size=100)
+        train_tokenizer([], vocab_size=100)

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxforget.data.fictional import FictionalConfig, build_tokenizer, generate
+from jaxforget.data.fictional import FictionalConfig, generate, tokenizer_texts
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record, read_records
-from jaxforget.data.tokens import check_vocabulary, concatenate, load_tokenizer, tokenize
+from jaxforget.data.tokens import check_vocabulary, concatenate, load_tokenizer, tokenize, train_tokenizer
 from jaxforget.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -18,7 +18,7 @@ MODES = ("truncate", "split", "pack")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(generate(FictionalConfig(people=10))["general"])
+    return train_tokenizer(tokenizer_texts(generate(FictionalConfig(people=10))["general"]))
 
 
 @pytest.fixture(scope="module")
