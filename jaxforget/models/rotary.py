@@ -1,6 +1,7 @@
 """Rotary position embeddings and the scalings that stretch them. Source: arXiv 2104.09864.
 
-Shapes: B batch (1 where all rows agree), T tokens, N heads, H head width, R = H / 2 rotated pairs.
+Shapes: B batch (1 where all rows agree), T tokens, N heads, H head width, R rotated pairs: H / 2, or fewer where only
+the first part of each head is rotated.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Rope:
 
     rope_type: str = "default"
     rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0  # the share of each head that is rotated
     factor: float | None = None
     original_max_position_embeddings: int | None = None  # default: the model's max_position_embeddings
     low_freq_factor: float | None = None
@@ -56,30 +58,38 @@ class Rope:
     def __post_init__(self):
         configs.choose("rope_type", self.rope_type, ROPE_TYPES)
         configs.positive(self, "rope_theta")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(
+                f"config field partial_rotary_factor is {self.partial_rotary_factor}; it must be above 0 and at most 1"
+            )
         for name in _USED[self.rope_type]:
             if name in _REQUIRED and getattr(self, name) is None:
                 raise UserError(f"config field {name} is missing; rope type {self.rope_type} needs it")
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> Rope:
-        """Read `rope_scaling` (older files) or `rope_parameters` (newer), rope_theta inside or not."""
+    def from_hf(cls, raw: dict[str, Any], *, partial: bool = False) -> Rope:
+        """Read `rope_scaling` (older files) or `rope_parameters` (newer), rope_theta inside or not.
+
+        partial: whether the family can rotate less than whole heads; otherwise a file that asks for it is refused.
+        """
         found = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
             raise UserError(f"config field rope_parameters is {found!r}; supported: one flat object")
         found = dict(found)
         found["rope_type"] = found.pop("rope_type", None) or found.pop("type", None) or "default"
         found.pop("type", None)
-        if found.get("rope_theta") is None:
-            found["rope_theta"] = raw.get("rope_theta")
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if found.get(name) is None:
+                found[name] = raw.get(name)
         outer = raw.get("original_max_position_embeddings")
         if outer is not None:
             found["original_max_position_embeddings"] = outer
         configs.choose("rope_type", found["rope_type"], ROPE_TYPES)
-        for name, allowed in (("partial_rotary_factor", 1.0), ("mrope_section", None)):
-            value = found.pop(name, raw.get(name))
-            if value is not None and value != allowed:
-                raise UserError(f"config field {name} is {value!r}; supported: {allowed}")
-        used = {"rope_type", "rope_theta", *_USED[found["rope_type"]]}
+        if found["partial_rotary_factor"] not in (None, 1.0) and not partial:
+            raise UserError(f"config field partial_rotary_factor is {found['partial_rotary_factor']!r}; supported: 1.0")
+        if (section := found.pop("mrope_section", raw.get("mrope_section"))) is not None:
+            raise UserError(f"config field mrope_section is {section!r}; supported: None")
+        used = {"rope_type", "rope_theta", "partial_rotary_factor", *_USED[found["rope_type"]]}
         unused = sorted(set(found) - used - {"original_max_position_embeddings"})
         if unused:
             warnings.warn(f"rope type {found['rope_type']} ignores {', '.join(unused)}", stacklevel=2)
@@ -89,11 +99,16 @@ class Rope:
         """Write both spellings: transformers 4 reads the first two keys, transformers 5 any."""
         names = [name for name in _USED[self.rope_type] if getattr(self, name) is not None]
         inner = {"rope_type": self.rope_type} | {name: getattr(self, name) for name in names}
+        partial = {} if self.partial_rotary_factor == 1 else {"partial_rotary_factor": self.partial_rotary_factor}
         return {
             "rope_theta": self.rope_theta,
             "rope_scaling": None if self.rope_type == "default" else inner,
-            "rope_parameters": inner | {"rope_theta": self.rope_theta},
+            "rope_parameters": inner | {"rope_theta": self.rope_theta} | partial,
         }
+
+    def rotated(self, width: int) -> int:
+        """Return how many of the `width` dimensions of a head are rotated: the first ones."""
+        return int(width * self.partial_rotary_factor)
 
 
 def tables(rope: Rope, *, width: int, max_positions: int, positions_BT, length):
@@ -102,7 +117,7 @@ def tables(rope: Rope, *, width: int, max_positions: int, positions_BT, length):
     max_positions: the model's max_position_embeddings. length: tokens in the sequence, an int or (B, 1, 1);
     only the dynamic type looks at it, so with that type a logit depends on how long its (padded) sequence is.
     """
-    inverse_R, gain = _frequencies(rope, width, max_positions, length)
+    inverse_R, gain = _frequencies(rope, rope.rotated(width), max_positions, length)
     inverse_R = jnp.asarray(inverse_R, jnp.float32)
     if inverse_R.ndim == 1:
         inverse_R = inverse_R[None, None]
@@ -111,9 +126,10 @@ def tables(rope: Rope, *, width: int, max_positions: int, positions_BT, length):
 
 
 def rotate(x_BTNH, cos, sin):
-    """Rotate the pairs (x_i, x_{i + H/2}), the pairing of Hugging Face checkpoints. Computed in float32."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned_BTNH = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Rotate the pairs (x_i, x_{i + R}), the pairing of Hugging Face checkpoints. Computed in float32."""
+    R = cos.shape[-1]
+    first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (R, 2 * R), axis=-1)
+    turned_BTNH = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned_BTNH.astype(x_BTNH.dtype)
 
 
