@@ -5,11 +5,22 @@ modules `Top` and `Block`, and `keys`, the table of Hugging Face names. Adding a
 row.
 """
 
-from jaxforget.models import gpt2, llama
+from jaxforget.models import bert, distilbert, gpt2, gpt_neox, llama, opt, roberta, t5
 from jaxforget.models.generate import generate
 from jaxforget.models.hub import load, resolve, save
 from jaxforget.models.model import Cache, Model, Params
 
-FAMILIES = {"gpt2": gpt2, "llama": llama, "mistral": llama, "qwen2": llama}
+FAMILIES = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "mistral": llama,
+    "qwen2": llama,
+    "bert": bert,
+    "roberta": roberta,
+    "distilbert": distilbert,
+    "opt": opt,
+    "gpt_neox": gpt_neox,
+    "t5": t5,
+}
 
 __all__ = ["FAMILIES", "Cache", "Model", "Params", "generate", "load", "resolve", "save"]

@@ -33,9 +33,11 @@ def generate(
     in (0, 1].
     key: needed where temperature > 0. eos_id: one id or several. row_ids: ints that name the rows, default
     0..B-1; row i draws from fold_in(key, row_ids[i]), so its tokens depend on neither padding nor the rest of
-    the batch. Raises UserError for values outside these ranges, an empty prompt, or more tokens than learned
-    positions.
+    the batch. Raises UserError for values outside these ranges, an empty prompt, more tokens than learned
+    positions, or a head that does not generate.
     """
+    if model.config.head not in ("causal", "seq2seq"):
+        raise UserError(f"the model's head is {model.config.head}; only causal and seq2seq heads generate")
     mask_BT = np.asarray(mask_BT, bool)
     tokens_BT = np.asarray(tokens_BT, np.int32)
     lengths_B = mask_BT.sum(axis=1).astype(np.int32)
@@ -61,26 +63,20 @@ def generate(
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, row_ids)
     sampling = {"keys_B": keys_B, "temperature": jnp.float32(temperature or 1.0), "top_p": jnp.float32(top_p)}
     greedy = temperature == 0
-    logits_BV, cache = _prefill(model, params, tokens_BT, lengths_B, max_new_tokens)
+    logits_BV, cache, next_B = _prefill(model, params, tokens_BT, lengths_B, max_new_tokens)
     eos_ids = np.atleast_1d(np.asarray(() if eos_id is None else eos_id, np.int32))
-    return _decode(model, params, logits_BV, cache, lengths_B, sampling, eos_ids, pad_id, max_new_tokens, greedy)
+    return _decode(model, params, logits_BV, cache, next_B, sampling, eos_ids, pad_id, max_new_tokens, greedy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _prefill(model, params, tokens_BT, lengths_B, new: int):
-    """Read the prompts. Returns the logits after each prompt's last token, and the cache."""
-    B, T = tokens_BT.shape
-    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    valid_BT = positions_BT < lengths_B[:, None]
-    cache = model.init_cache(B, T + new)
-    logits_B1V, cache = model.cached(params, tokens_BT, cache, positions_BT, valid_BT, read_B=lengths_B - 1)
-    return logits_B1V[:, 0], cache
+    return model.prefill(params, tokens_BT, lengths_B, new)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 8, 9))
-def _decode(model, params, logits_BV, cache, lengths_B, sampling, eos_ids, pad_id, new: int, greedy: bool):
+def _decode(model, params, logits_BV, cache, next_B, sampling, eos_ids, pad_id, new: int, greedy: bool):
     """Draw up to `new` tokens a row, stopping early when every row has ended."""
-    B = lengths_B.shape[0]
+    B = next_B.shape[0]
 
     def draw(logits_BV, n):
         if greedy:
@@ -98,7 +94,7 @@ def _decode(model, params, logits_BV, cache, lengths_B, sampling, eos_ids, pad_i
         token_B = jnp.where(ended_B, pad_id, draw(logits_BV, n))
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], n, axis=1)
         ended_B = ended_B | jnp.any(token_B[:, None] == eos_ids[None, :], axis=1)
-        position_B1 = (lengths_B + n)[:, None]
+        position_B1 = (next_B + n)[:, None]
         valid_B1 = jnp.ones((B, 1), bool)
         logits_B1V, cache = model.cached(params, token_B[:, None], cache, position_B1, valid_B1)
         return n + 1, logits_B1V[:, 0], cache, ended_B, out_BN

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxforget.models import configs
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, last_token, self_attention
 
-ARCHITECTURES = {"gpt2": "GPT2LMHeadModel"}
+ARCHITECTURES = {
+    "gpt2": {"causal": "GPT2LMHeadModel", "classification": "GPT2ForSequenceClassification", "none": "GPT2Model"}
+}
 PREFIX = "transformer."  # absent from checkpoints of the bare model
 IGNORED = (r"h\.\d+\.attn\.(masked_)?bias",)  # causal masks, once stored as buffers
 
@@ -39,10 +41,13 @@ class Config:
     reorder_and_upcast_attn: bool = False  # changes nothing here: scores and softmax are float32 anyway
     add_cross_attention: bool = False
     tie_word_embeddings: bool = True
+    head: str = "causal"
+    labels: tuple[str, ...] = ()
     source: str = configs.source_field()
 
     def __post_init__(self):
         configs.choose("model_type", self.model_type, ARCHITECTURES)
+        configs.check_head(self, ARCHITECTURES)
         configs.choose("activation_function", self.activation_function, ACTIVATIONS)
         configs.choose("add_cross_attention", self.add_cross_attention, [False])
         configs.positive(self, "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
@@ -50,13 +55,14 @@ class Config:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Config:
-        return configs.read(cls, raw)
+        return configs.read(cls, raw, **configs.head_from(raw, ARCHITECTURES["gpt2"]))
 
     def to_hf(self) -> dict[str, Any]:
-        return configs.write(self)
+        return configs.write(self, ARCHITECTURES)
 
     # What `Model` asks of every family.
-    num_layers = property(lambda self: self.n_layer)
+    causal = True
+    stacks = property(lambda self: {"blocks": self.n_layer})
     max_length = property(lambda self: self.n_positions)
     position_limit = property(lambda self: self.n_positions)  # learned positions end here
     windows = property(lambda self: (None,) * self.n_layer)
@@ -67,10 +73,12 @@ class Config:
         return self.n_head, self.n_head, self.n_embd // self.n_head
 
     @property
-    def scales(self) -> tuple[float, ...]:
-        """Factor on the attention scores of every layer."""
+    def scales(self) -> tuple[float, ...] | None:
+        """Factor on the attention scores of every layer; None for the usual one."""
         scale = self.heads[2] ** -0.5 if self.scale_attn_weights else 1.0
         by_layer = self.scale_attn_by_inverse_layer_idx
+        if self.scale_attn_weights and not by_layer:
+            return None
         return tuple(scale / (i + 1 if by_layer else 1) for i in range(self.n_layer))
 
 
@@ -82,7 +90,9 @@ class Top(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.n_embd, draws, std=std)
         self.positions = Embedding(config.n_positions, config.n_embd, draws, std=std)
         self.final_norm = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
-        if not config.tie_word_embeddings:
+        if config.head == "classification":
+            self.score = Linear(config.n_embd, len(config.labels), draws, std=std, bias=False)
+        elif config.head == "causal" and not config.tie_word_embeddings:
             self.head = Linear(config.n_embd, config.vocab_size, draws, std=std, bias=False)
         self.config = config
 
@@ -92,8 +102,12 @@ class Top(nnx.Module):
         x_BTD = self.embed(tokens_BT, dtype)
         return x_BTD + jnp.broadcast_to(positions_BTD, x_BTD.shape), None
 
-    def finish(self, x_BTD):
+    def finish(self, x_BTD, place: Place):
         x_BTD = self.final_norm(x_BTD)
+        if self.config.head == "none":
+            return x_BTD
+        if self.config.head == "classification":
+            return self.score(last_token(x_BTD, place.lengths_B), jnp.float32)
         return self.embed.attend(x_BTD) if self.config.tie_word_embeddings else self.head(x_BTD, jnp.float32)
 
 
@@ -135,6 +149,9 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
+BLOCKS = {"blocks": Block}
+
+
 def _residual_std(config: Config) -> float:
     """Layers that write to the residual stream start smaller, so that depth does not inflate it."""
     return config.initializer_range / math.sqrt(2 * config.n_layer)
@@ -161,6 +178,8 @@ def keys(config: Config) -> dict[str, tuple[str, bool]]:
     for theirs, ours in dense.items():
         table[f"transformer.h.{{}}.{theirs}.weight"] = (f"blocks/{ours}/kernel", False)
         table[f"transformer.h.{{}}.{theirs}.bias"] = (f"blocks/{ours}/bias", False)
-    if not config.tie_word_embeddings:
+    if config.head == "classification":
+        table["score.weight"] = ("score/kernel", True)
+    elif config.head == "causal" and not config.tie_word_embeddings:
         table["lm_head.weight"] = ("head/kernel", True)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import numpy as np
 
 from jaxforget.errors import UserError
 from jaxforget.models import configs
-from jaxforget.models.model import Model, Params, family_of
+from jaxforget.models.model import Model, Params, build, family_of
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -36,25 +37,42 @@ TOKENIZER_FILES = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 _STORED = {"F64", "F32", "F16", "BF16"}
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))  # BERT's first files
 
 
 # ------------------------------------------------------------------------------------------------- reading
-def load(name_or_dir: str | Path, *, dtype="float32") -> tuple[Model, Params]:
+def load(
+    name_or_dir: str | Path,
+    *,
+    dtype="float32",
+    head: str | None = None,
+    labels: tuple[str, ...] = (),
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda message: None,
+) -> tuple[Model, Params]:
     """Read a model from a directory or by hub name. Parameters are float32 numpy arrays.
 
-    dtype: of activations. Raises UserError, one sentence, for anything missing, malformed, unsupported or of
-    the wrong shape.
+    dtype: of activations. head: the head to use instead of the one in the file, "none" for none; a head that the file
+    lacks is drawn from `seed`, and `tell` is told. labels: the classes needed; a stored classification head that has
+    them all is kept, with its own order. Raises UserError, one sentence, for anything missing, malformed, unsupported
+    or of the wrong shape.
     """
     directory = resolve(name_or_dir)
     raw = _read_json(directory / CONFIG)
     try:
         configs.choose("quantization_config", raw.get("quantization_config"), [None])
-        config = family_of(raw.get("model_type")).Config.from_hf(raw)
+        stored = config = family_of(raw.get("model_type")).Config.from_hf(raw)
+        if head is not None:
+            names = stored.labels if set(labels) <= set(stored.labels) else labels
+            config = dataclasses.replace(stored, head=head, labels=names if head == "classification" else ())
     except UserError as error:
         raise UserError(f"{directory / CONFIG}: {error}") from None
-    model = Model(config, dtype=dtype)
+    # Some families' config.json does not say everything; the names in the file do.
+    settle = getattr(family_of(config.model_type), "settle", lambda config, names: config)
     with _Tensors(_weight_files(directory)) as tensors:
-        return model, to_params(model, tensors, where=str(directory))
+        model = build(settle(config, tensors), dtype=dtype)
+        stored = settle(stored, tensors) if head else None
+        return model, to_params(model, tensors, where=str(directory), stored=stored, seed=seed, tell=tell)
 
 
 def resolve(name_or_dir: str | Path) -> Path:
@@ -75,33 +93,61 @@ def resolve(name_or_dir: str | Path) -> Path:
         raise UserError(f"model {name} is not a directory and could not be fetched from the hub: {reason}") from None
 
 
-def to_params(model: Model, tensors: Mapping[str, np.ndarray], *, where: str = "tensors") -> Params:
+def to_params(
+    model: Model,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    where: str = "tensors",
+    stored: Any = None,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda message: None,
+) -> Params:
     """Convert tensors under Hugging Face names to parameters. `tensors[name]` is read once, one at a time.
 
+    stored: the config that the tensors were saved with, where the model may have another head; parameters of its head
+    that are absent, or made for other labels, are drawn from `seed`. Without it they are errors like others.
     Raises UserError naming tensors that are missing, unexpected or of the wrong shape.
     """
     family = family_of(model.config.model_type)
     table = family.keys(model.config)
     names = set(tensors)
     prefix = family.PREFIX if any(name.startswith(family.PREFIX) for name in names) else ""
-    layers = range(model.config.num_layers)
-    # Ours to theirs: one name, or one a layer.
-    wanted = {
-        path: [_rename(name, family.PREFIX, prefix).format(i) for i in (layers if "{}" in name else [0])]
-        for name, (path, _) in table.items()
-    }
-    expected = {name for group in wanted.values() for name in group}
-    ignored = [re.escape(prefix) + pattern for pattern in family.IGNORED]
+
+    def theirs(table):
+        """Ours to theirs: one name, or one a layer."""
+        return {
+            path: [
+                _rename(name, family.PREFIX, prefix).format(i)
+                for i in (range(model.config.stacks[path.split("/")[0]]) if "{}" in name else [0])
+            ]
+            for name, (path, _) in table.items()
+        }
+
+    wanted, shapes = theirs(table), model.shapes()
+    fresh = []
+    if stored is not None:
+        backbone = family.keys(dataclasses.replace(model.config, head="none", labels=()))
+        for name, (path, transposed) in table.items():
+            shape = _get(shapes, path).shape
+            if name not in backbone and not (
+                wanted[path][0] in names and tensors[wanted[path][0]].shape == (shape[::-1] if transposed else shape)
+            ):
+                fresh.append(path)
+    expected = {name for path, group in wanted.items() if path not in fresh for name in group}
+    known = {name for group in wanted.values() for name in group}
+    known |= {name for group in theirs(family.keys(stored or model.config)).values() for name in group}
+    ignored = [f"({re.escape(prefix)})?{pattern}" for pattern in family.IGNORED]  # heads have no prefix
     ignored += [r"lm_head\.weight"] * model.config.tie_word_embeddings
-    unexpected = [name for name in names - expected if not any(re.fullmatch(p, name) for p in ignored)]
+    unexpected = [name for name in names - known if not any(re.fullmatch(p, name) for p in ignored)]
     for kind, found in (("missing", expected - names), ("unexpected", unexpected)):
         if found:
             raise UserError(f"{where}: {len(found)} {kind} tensors, such as {', '.join(sorted(found)[:3])}")
     params: Params = {}
-    shapes = model.shapes()
     for path, transposed in table.values():
+        if path in fresh:
+            continue
         shape = _get(shapes, path).shape
-        stacked = path.startswith("blocks/")
+        stacked = path.split("/")[0] in model.config.stacks
         leaf = np.empty(shape, np.float32)
         for i, name in enumerate(wanted[path]):
             target = leaf[i] if stacked else leaf
@@ -109,10 +155,16 @@ def to_params(model: Model, tensors: Mapping[str, np.ndarray], *, where: str = "
             target = target.T if transposed else target
             if tensor.shape != target.shape:
                 raise UserError(
-                    f"{where}: tensor {name} has shape {tuple(tensor.shape)}; the config expects {target.shape}"
+                    f"{where}: tensor {name} of parameter {path} has shape {tuple(tensor.shape)}; "
+                    f"the config expects {target.shape}"
                 )
             target[...] = tensor
         _set(params, path, leaf)
+    if fresh:
+        tell(f"{where}: the {model.config.head} head is new; drawn at random: {', '.join(fresh)}")
+        drawn = jax.jit(lambda key: {path: _get(model.init(key), path) for path in fresh})(jax.random.key(seed))
+        for path, leaf in drawn.items():
+            _set(params, path, np.asarray(leaf))
     return params
 
 
@@ -128,7 +180,7 @@ class _Tensors(Mapping):
             try:
                 handle = safe_open(file, framework="np").__enter__()
                 self._handles.append(handle)
-                self._where |= {name: (handle, file) for name in handle.keys()}  # noqa: SIM118  not a dict
+                self._where |= {_today(name): (handle, file, name) for name in handle.keys()}  # noqa: SIM118  not a dict
             except (SafetensorError, OSError) as error:
                 self.__exit__()
                 raise UserError(f"{file} is truncated or not a safetensors file: {error}") from None
@@ -147,7 +199,7 @@ class _Tensors(Mapping):
         return iter(self._where)
 
     def __getitem__(self, name):
-        handle, file = self._where[name]
+        handle, file, name = self._where[name]
         stored = handle.get_slice(name).get_dtype()
         if stored not in _STORED:
             raise UserError(f"{file}: tensor {name} is stored as {stored}; supported: {', '.join(sorted(_STORED))}")
@@ -231,7 +283,7 @@ def to_tensors(model: Model, params: Params) -> dict[str, tuple[tuple[int, ...],
     found = {}
     for name, (path, transposed) in table.items():
         leaf = _get(params, path)
-        for i in range(model.config.num_layers) if "{}" in name else [None]:
+        for i in range(model.config.stacks[path.split("/")[0]]) if "{}" in name else [None]:
             shape = leaf.shape if i is None else leaf.shape[1:]
             found[name.format(i)] = (shape[::-1] if transposed else shape, _reader(leaf, i, transposed))
     return found
@@ -248,10 +300,8 @@ def _reader(leaf, i: int | None, transposed: bool) -> Callable[[], np.ndarray]:
 def _write_files(directory: Path, model: Model, params: Params, dtype: str, max_shard_bytes: float) -> None:
     from safetensors.numpy import save_file
 
-    config = model.config.to_hf()
-    architecture = family_of(model.config.model_type).ARCHITECTURES[model.config.model_type]
     # Two spellings of one key: transformers 4 reads torch_dtype, transformers 5 dtype.
-    config |= {"architectures": [architecture], "torch_dtype": dtype, "dtype": dtype}
+    config = model.config.to_hf() | {"torch_dtype": dtype, "dtype": dtype}
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -280,6 +330,12 @@ def _write_files(directory: Path, model: Model, params: Params, dtype: str, max_
 # --------------------------------------------------------------------------------------------------- names
 def _rename(name: str, old: str, new: str) -> str:
     return new + name[len(old) :] if name.startswith(old) else name
+
+
+def _today(name: str) -> str:
+    for old, new in _OLD_NAMES:
+        name = name.replace(old, new)
+    return name
 
 
 def _get(tree, path: str):

@@ -11,6 +11,8 @@ own the arrays.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -20,11 +22,43 @@ from flax import nnx
 
 
 # ---------------------------------------------------------------------------------------------- operations
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["kernel", "a", "b"], meta_fields=["scale"])
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """A kernel that acts as kernel + scale * a @ b without forming the sum. Source: arXiv 2106.09685.
+
+    kernel: (D, F), a: (D, R), b: (R, F), all with the same leading axes. It stands wherever a `kernel` leaf may.
+    """
+
+    kernel: jax.Array
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+    shape = property(lambda self: self.kernel.shape)
+
+
+def merge(params):
+    """Replace every LowRank leaf of a pytree by the kernel that it acts as, a float32 array."""
+
+    def dense(leaf):
+        if not isinstance(leaf, LowRank):
+            return leaf
+        return leaf.kernel + leaf.scale * jnp.matmul(leaf.a, leaf.b, precision="highest")
+
+    return jax.tree.map(dense, params, is_leaf=lambda x: isinstance(x, LowRank))
+
+
 def linear(x, kernel, bias=None, *, out_dtype=None):
     """Return x @ kernel + bias. x: (..., D), kernel: (D, F), result: (..., F) in out_dtype or that of x."""
     # XLA on CPU runs the backward pass of a 3-D product slowly: flatten first.
     x_MD = x.reshape(-1, x.shape[-1])
-    y_MF = jnp.matmul(x_MD, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+    if isinstance(kernel, LowRank):
+        y_MF = jnp.matmul(x_MD, kernel.kernel.astype(x.dtype), preferred_element_type=out_dtype)
+        x_MR = jnp.matmul(x_MD, kernel.a.astype(x.dtype))
+        y_MF = y_MF + kernel.scale * jnp.matmul(x_MR, kernel.b.astype(x.dtype), preferred_element_type=out_dtype)
+    else:
+        y_MF = jnp.matmul(x_MD, kernel.astype(x.dtype), preferred_element_type=out_dtype)
     if bias is not None:
         y_MF = y_MF + bias.astype(y_MF.dtype)[None, :]
     return y_MF.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -35,12 +69,14 @@ def embed(table_VD, tokens_BT, *, dtype):
     return jnp.take(table_VD, tokens_BT, axis=0, mode="fill").astype(dtype)
 
 
-def attend(x_BTD, table_VD):
+def attend(x_BTD, table_VD, bias_V=None):
     """Score x against every row of the table: the tied output head. Returns float32 (B, T, V)."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     y_MV = jax.lax.dot_general(
         x_MD, table_VD.astype(x_BTD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
+    if bias_V is not None:
+        y_MV = y_MV + bias_V[None, :]
     return y_MV.reshape(*x_BTD.shape[:-1], table_VD.shape[0])
 
 
@@ -88,7 +124,8 @@ class Linear(nnx.Module):
         self.biased = bias
 
     def __call__(self, x, out_dtype=None):
-        return linear(x, self.kernel[...], self.bias[...] if self.biased else None, out_dtype=out_dtype)
+        kernel = self.kernel.get_value()  # not [...]: a LowRank has no items
+        return linear(x, kernel, self.bias[...] if self.biased else None, out_dtype=out_dtype)
 
 
 class Embedding(nnx.Module):
@@ -128,11 +165,17 @@ class Place(NamedTuple):
     """Where the tokens of a call stand.
 
     positions_BT: position of every token; B is 1 where all rows agree.
+    causal: whether a token sees only itself and those before it.
+    lengths_B: real tokens of each row, which stand before its padding. None: all are real.
+    segments_BT: which of two joined texts a token belongs to (token types). None: the first.
     slots_BT: cache slot each token is written to, out of range for a token to leave out. None without a
     cache.
     """
 
     positions_BT: jax.Array
+    causal: bool = True
+    lengths_B: jax.Array | None = None
+    segments_BT: jax.Array | None = None
     slots_BT: jax.Array | None = None
 
 
@@ -144,21 +187,49 @@ def visible(positions_BT, slots: int, window=None):
     return mask_BTU if window is None else mask_BTU & (u > p - window)
 
 
-def attention(q_BTNH, k_BUNH, v_BUNH, *, mask_BTU=None, window=None, scale=None):
+def key_mask(lengths_B, slots: int):
+    """Return mask_B1U: every query sees the real tokens of its row."""
+    return jnp.arange(slots, dtype=jnp.int32)[None, None, :] < lengths_B[:, None, None]
+
+
+def attention(q_BTNH, k_BUNH, v_BUNH, *, causal, mask_BTU=None, bias_BNTU=None, window=None, scale=None):
     """Softmax attention; the one place that decides how it is computed. It takes fewer key/value heads too.
 
-    mask_BTU: True where a query may look, and then nothing else is masked. Without it attention is causal:
-        right padding needs no mask, since no real token looks right. window: sees the last `window` keys,
-        itself included; may be traced. scale: factor on q.k, default H ** -0.5; may be traced, as some
-        families scale by layer.
+    causal: query t sees keys up to t, and nothing else is needed for right padding, since no real token looks right.
+    mask_BTU: True where a query may look (T may be 1); given, it says everything and `causal` is not consulted.
+    bias_BNTU: added to the scaled scores (B may be 1). window: causal and sees the last `window` keys, itself
+    included; may be traced. scale: factor on q.k, default H ** -0.5; may be traced, as some families scale by layer.
     """
-    if mask_BTU is None:
+    plain = mask_BTU is None and bias_BNTU is None and window is None
+    if plain and _fused(q_BTNH, k_BUNH, scale):
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BUNH, v_BUNH, is_causal=causal, scale=scale, implementation="cudnn"
+        )
+    if mask_BTU is None and causal:
         positions_BT = jnp.arange(q_BTNH.shape[1], dtype=jnp.int32)[None]
         mask_BTU = visible(positions_BT, k_BUNH.shape[1], window)
-    return _matmul_attention(q_BTNH, k_BUNH, v_BUNH, mask_BTU, scale)
+    return _matmul_attention(q_BTNH, k_BUNH, v_BUNH, mask_BTU, bias_BNTU, scale)
 
 
-def _matmul_attention(q_BTNH, k_BUKH, v_BUKH, mask_BTU, scale):
+def _fused(q_BTNH, k_BUNH, scale) -> bool:
+    """Say whether cuDNN's flash attention computes this call: on GPUs, in half precision, without any mask.
+
+    Masks are left to XLA: under vmap cuDNN refuses some of them, others in each version of jax, and a materialised
+    mask spends the memory that flash attention saves. Lengths must agree and be even, heads be at most 128 wide.
+    """
+    width, length = q_BTNH.shape[-1], q_BTNH.shape[1]
+    return (
+        jax.default_backend() == "gpu"
+        and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
+        and length == k_BUNH.shape[1]
+        and length % 2 == 0
+        and width % 8 == 0
+        and width <= 128
+        and (scale is None or isinstance(scale, float))
+    )
+
+
+def _matmul_attention(q_BTNH, k_BUKH, v_BUKH, mask_BTU, bias_BNTU, scale):
     """Attend by two batched products over contiguous heads, K of them for keys and values, G queries to each.
 
     On a CPU the gradient takes 0.36 of the time of jax.nn.dot_product_attention (T 256, 8 heads of 8), since heads come
@@ -172,7 +243,10 @@ def _matmul_attention(q_BTNH, k_BUKH, v_BUKH, mask_BTU, scale):
     v_BKUH = jnp.transpose(v_BUKH, (0, 2, 1, 3))
     scores = jnp.matmul(q_BKMH, k_BKHU, preferred_element_type=jnp.float32).reshape(B, K, G, T, U)
     scores = scores * (H**-0.5 if scale is None else scale)
-    scores = jnp.where(mask_BTU[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    if bias_BNTU is not None:
+        scores = scores + bias_BNTU.reshape(-1, K, G, *bias_BNTU.shape[2:])
+    if mask_BTU is not None:
+        scores = jnp.where(mask_BTU[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total_BKM1 = jnp.sum(weights, axis=-1).reshape(B, K, G * T, 1)
     weights_BKMU = weights.astype(v_BKUH.dtype).reshape(B, K, G * T, U)
@@ -181,15 +255,19 @@ def _matmul_attention(q_BTNH, k_BUKH, v_BUKH, mask_BTU, scale):
     return y_BTKGH.reshape(B, T, N, H)
 
 
-def self_attention(q_BTNH, k_BTNH, v_BTNH, place: Place, layer: dict[str, Any]):
-    """Attend causally, over the tokens of this call or over a cache. Returns (y_BTNH, new cache or None).
+def self_attention(q_BTNH, k_BTNH, v_BTNH, place: Place, layer: dict[str, Any], *, scale=None, bias_BNTU=None):
+    """Attend over the tokens of this call or over a cache. Returns (y_BTNH, new cache or None).
 
     layer: `window` and `scale` as in `attention`; `cache`: None or {"k", "v"}, each (B, U, N, H), where slot
-    u holds the key of position u.
+    u holds the key of position u. scale, where given, replaces the layer's.
     """
-    cache = layer["cache"]
+    cache, scale = layer["cache"], layer["scale"] if scale is None else scale
     if cache is None:
-        y_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, window=layer["window"], scale=layer["scale"])
+        masked = not place.causal and place.lengths_B is not None
+        y_BTNH = attention(
+            q_BTNH, k_BTNH, v_BTNH, causal=place.causal, window=layer["window"], scale=scale, bias_BNTU=bias_BNTU,
+            mask_BTU=key_mask(place.lengths_B, k_BTNH.shape[1]) if masked else None,
+        )  # fmt: skip
         return y_BTNH, None
     rows_B1 = jnp.arange(q_BTNH.shape[0])[:, None]
     cache = {
@@ -197,20 +275,33 @@ def self_attention(q_BTNH, k_BTNH, v_BTNH, place: Place, layer: dict[str, Any]):
         for name, new in (("k", k_BTNH), ("v", v_BTNH))
     }
     mask_BTU = visible(place.positions_BT, cache["k"].shape[1], layer["window"])
-    y_BTNH = attention(q_BTNH, cache["k"], cache["v"], mask_BTU=mask_BTU, scale=layer["scale"])
+    y_BTNH = attention(q_BTNH, cache["k"], cache["v"], causal=True, mask_BTU=mask_BTU, scale=scale, bias_BNTU=bias_BNTU)
     return y_BTNH, cache
 
 
+def last_token(x_BTD, lengths_B):
+    """Pick the last real token of every row: (B, D). lengths_B None: the last column."""
+    if lengths_B is None:
+        return x_BTD[:, -1]
+    return jnp.take_along_axis(x_BTD, jnp.maximum(lengths_B - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
 # -------------------------------------------------------------------------------------------- layer stacks
-def run_blocks(body, x, params_L, extras_L, *, scan: bool, remat: bool):
+# What the backward pass finds in memory; the rest it computes again.
+REMAT = {
+    "none": None,  # nothing is computed again
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of dense products
+    "full": jax.checkpoint_policies.nothing_saveable,  # only what enters a block
+}
+
+
+def run_blocks(body, x, params_L, extras_L, *, scan: bool, remat: str):
     """Apply `body(x, params, extras) -> (x, out)` once per layer. Returns (x, outs_L).
 
     params_L, extras_L: pytrees of arrays with a leading layer axis. scan: one compiled body for all layers,
-    otherwise unrolled (slower to compile, and with few layers often faster to run). remat: recompute
-    activations in the backward pass, keeping only the results of dense products.
+    otherwise unrolled (slower to compile, and with few layers often faster to run). remat: a row of REMAT.
     """
-    if remat:
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if (policy := REMAT[remat]) is not None:
         # Inside a scan nothing can be merged across iterations, so the barrier against it is not needed.
         body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
     if scan:

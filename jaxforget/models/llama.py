@@ -13,10 +13,17 @@ from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models import configs, rotary
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, Linear, Place, RMSNorm, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, Linear, Place, RMSNorm, last_token, self_attention
 from jaxforget.models.rotary import Rope
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {
+    model_type: {
+        "causal": f"{name}ForCausalLM",
+        "classification": f"{name}ForSequenceClassification",
+        "none": f"{name}Model",
+    }
+    for model_type, name in (("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"))
+}
 PREFIX = "model."  # absent from checkpoints of the bare model
 IGNORED = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)  # computed from the config
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -69,10 +76,13 @@ class Config:
     max_window_layers: int = 28  # qwen2: layers below this one see everything
     layer_types: tuple[str, ...] | None = None  # qwen2: overrides max_window_layers
     rope: Rope = Rope()
+    head: str = "causal"
+    labels: tuple[str, ...] = ()
     source: str = configs.source_field()
 
     def __post_init__(self):
         configs.choose("model_type", self.model_type, ARCHITECTURES)
+        configs.check_head(self, ARCHITECTURES)
         configs.choose("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
@@ -109,15 +119,17 @@ class Config:
             ignore=_FOREIGN[raw["model_type"]],
             rope=Rope.from_hf(raw),
             layer_types=tuple(types) if types and raw["model_type"] == "qwen2" else None,
+            **configs.head_from(raw, ARCHITECTURES[raw["model_type"]]),
         )
 
     def to_hf(self) -> dict[str, Any]:
-        raw = configs.write(self, drop=("rope", *_FOREIGN[self.model_type])) | self.rope.to_hf()
+        raw = configs.write(self, ARCHITECTURES, drop=("rope", *_FOREIGN[self.model_type])) | self.rope.to_hf()
         unset = [name for name in ("head_dim", "layer_types") if raw.get(name) is None]
         return {name: value for name, value in raw.items() if name not in unset}
 
     # What `Model` asks of every family.
-    num_layers = property(lambda self: self.num_hidden_layers)
+    causal = True
+    stacks = property(lambda self: {"blocks": self.num_hidden_layers})
     max_length = property(lambda self: self.max_position_embeddings)
     position_limit = property(lambda self: None)  # rotary positions do not end
     scales = property(lambda self: None)
@@ -159,7 +171,9 @@ class Top(nnx.Module):
         D, std = config.hidden_size, config.initializer_range
         self.embed = Embedding(config.vocab_size, D, draws, std=std)
         self.final_norm = RMSNorm(D, epsilon=config.rms_norm_eps)
-        if not config.tie_word_embeddings:
+        if config.head == "classification":
+            self.score = Linear(D, len(config.labels), draws, std=std, bias=False)
+        elif config.head == "causal" and not config.tie_word_embeddings:
             self.head = Linear(D, config.vocab_size, draws, std=std, bias=False)
         self.config = config
 
@@ -175,8 +189,12 @@ class Top(nnx.Module):
         )
         return self.embed(tokens_BT, dtype), tables
 
-    def finish(self, x_BTD):
+    def finish(self, x_BTD, place: Place):
         x_BTD = self.final_norm(x_BTD)
+        if self.config.head == "none":
+            return x_BTD
+        if self.config.head == "classification":
+            return self.score(last_token(x_BTD, place.lengths_B), jnp.float32)
         return self.embed.attend(x_BTD) if self.config.tie_word_embeddings else self.head(x_BTD, jnp.float32)
 
 
@@ -223,6 +241,9 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
+BLOCKS = {"blocks": Block}
+
+
 def keys(config: Config) -> dict[str, tuple[str, bool]]:
     """Map Hugging Face names to (path, transposed). `{}` is the layer number, stacked on the leading axis."""
     table = {
@@ -237,6 +258,8 @@ def keys(config: Config) -> dict[str, tuple[str, bool]]:
         table[f"{theirs}.weight"] = (f"blocks/{ours}/kernel", True)
         if biased:
             table[f"{theirs}.bias"] = (f"blocks/{ours}/bias", False)
-    if not config.tie_word_embeddings:
+    if config.head == "classification":
+        table["score.weight"] = ("score/kernel", True)
+    elif config.head == "causal" and not config.tie_word_embeddings:
         table["lm_head.weight"] = ("head/kernel", True)
     return table

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxforget.errors import UserError
-from jaxforget.models.layers import Draws, Place, run_blocks
+from jaxforget.models.layers import REMAT, Draws, Place, run_blocks
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -30,6 +31,11 @@ def family_of(model_type):
     if model_type not in FAMILIES:
         raise UserError(f"config field model_type is {model_type!r}; supported: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def build(config, **options) -> Model:
+    """Make the model of a family's config. options: dtype, scan_layers, remat."""
+    return getattr(family_of(config.model_type), "MODEL", Model)(config, **options)
 
 
 @functools.lru_cache(maxsize=256)
@@ -49,25 +55,29 @@ def functional(module, config):
 @functools.partial(jax.jit, static_argnums=0)
 def _init(config, key):
     family = family_of(config.model_type)
-    top_key, block_key = jax.random.split(key)
+    top_key, *stack_keys = jax.random.split(key, 1 + len(config.stacks))
     params = functional(family.Top, config)[0](top_key)
-    keys_L = jax.random.split(block_key, config.num_layers)
-    return params | {"blocks": jax.vmap(functional(family.Block, config)[0])(keys_L)}
+    for (stack, layers), stack_key in zip(config.stacks.items(), stack_keys, strict=True):
+        keys_L = jax.random.split(stack_key, layers)
+        params[stack] = jax.vmap(functional(family.BLOCKS[stack], config)[0])(keys_L)
+    return params
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A causal language model: a config and how to compute it. Hashable, so it can be static under jit.
+    """A model of one stack of blocks: a config and how to compute it. Hashable, so it can be static under jit.
 
     config: the `Config` of a family. dtype: of activations; parameters and logits are float32. scan_layers:
     compile one block for all layers; unrolled compiles slower and may run faster with few layers. remat:
-    recompute activations in the backward pass, for memory.
+    what the backward pass computes again to save memory, a row of layers.REMAT.
+
+    Padding stands on the right everywhere; `lengths_B` counts the real tokens of each row.
     """
 
     config: Any
     dtype: str = dataclasses.field(default="float32", kw_only=True)
     scan_layers: bool = dataclasses.field(default=True, kw_only=True)
-    remat: bool = dataclasses.field(default=False, kw_only=True)
+    remat: str = dataclasses.field(default="none", kw_only=True)
 
     def __post_init__(self):
         try:
@@ -77,6 +87,8 @@ class Model:
         if name not in DTYPES:
             raise UserError(f"dtype is {name}; supported: {', '.join(DTYPES)}")
         object.__setattr__(self, "dtype", name)
+        if self.remat not in REMAT:
+            raise UserError(f"remat is {self.remat!r}; supported: {', '.join(REMAT)}")
 
     @property
     def vocab_size(self) -> int:
@@ -95,25 +107,41 @@ class Model:
         """Return the parameters' shapes and dtypes, computing nothing."""
         return jax.eval_shape(functools.partial(_init, self.config), jax.random.key(0))
 
-    def logits(self, params: Params, tokens_BT) -> jax.Array:
-        """Return float32 logits_BTV for the token after each position.
+    def logits(self, params: Params, tokens_BT, lengths_B=None, segments_BT=None) -> jax.Array:
+        """Return float32 logits: (B, T, V) of language-model heads, (B, C) of classification.
 
-        Causal, so right padding needs no mask: it cannot change the logits of real tokens. (Except with the
-        dynamic rope type beyond max_length: there every logit depends on T.) Raises UserError where T exceeds
-        learned positions.
+        A causal model with a language-model head ignores `lengths_B`: right padding cannot change the logits of real
+        tokens. (Except with the dynamic rope type beyond max_length: there every logit depends on T.) Without a head
+        the result is the last hidden state (B, T, D) in dtype. Raises UserError where T exceeds learned positions.
         """
         T = tokens_BT.shape[1]
         limit = self.config.position_limit
         if limit is not None and T > limit:
             raise UserError(f"sequence length is {T}; this model has {limit} positions")
-        place = Place(jnp.arange(T, dtype=jnp.int32)[None])
+        place = Place(jnp.arange(T, dtype=jnp.int32)[None], self.config.causal, lengths_B, segments_BT)
         return self._run(params, tokens_BT, place, length=T, reach=T)[0]
+
+    def batch_logits(self, params: Params, batch: Mapping[str, Any]) -> jax.Array:
+        """Return `logits` of the columns of a batch: tokens, and length and segments where it has them."""
+        return self.logits(params, batch["tokens"], batch.get("length"), batch.get("segments"))
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache of U = `length` positions: {"k", "v"}, each (L, B, U, N, H) in dtype."""
         _, heads, width = self.config.heads
-        shape = (self.config.num_layers, batch, length, heads, width)
+        shape = (self.config.stacks["blocks"], batch, length, heads, width)
         return {name: jnp.zeros(shape, self.dtype) for name in ("k", "v")}
+
+    def prefill(self, params: Params, tokens_BT, lengths_B, new: int) -> tuple[jax.Array, Cache, jax.Array]:
+        """Read prompts, padded on the right, before `new` tokens are generated.
+
+        Returns the logits after each prompt (B, V), the cache, and the position of the next token (B,).
+        """
+        B, T = tokens_BT.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+        valid_BT = positions_BT < lengths_B[:, None]
+        cache = self.init_cache(B, T + new)
+        logits_B1V, cache = self.cached(params, tokens_BT, cache, positions_BT, valid_BT, read_B=lengths_B - 1)
+        return logits_B1V[:, 0], cache, lengths_B
 
     def cached(
         self, params: Params, tokens_BT, cache: Cache, positions_BT, valid_BT, read_B=None
@@ -127,7 +155,7 @@ class Model:
         """
         slots = cache["k"].shape[2]
         positions_BT = jnp.where(valid_BT, positions_BT, 0)
-        place = Place(positions_BT, jnp.where(valid_BT, positions_BT, slots))
+        place = Place(positions_BT, slots_BT=jnp.where(valid_BT, positions_BT, slots))
         length_B11 = jnp.max(positions_BT + 1, axis=1)[:, None, None]
         return self._run(params, tokens_BT, place, length=length_B11, reach=slots, cache=cache, read_B=read_B)
 
@@ -137,21 +165,22 @@ class Model:
         2 * (weights of all dense products, head included)
         + sum over layers of 4 * N * H * mean over t = 1..length of min(t, window).
 
-        N query heads; 4 is two products, q with keys and scores with values. The embedding look-up counts 0.
+        N query heads; 4 is two products, q with keys and scores with values; t is `length` where nothing is causal.
+        The embedding look-up counts 0. A classification head counts as if it saw every token.
         """
         shapes = jax.tree_util.tree_leaves_with_path(self.shapes())
         weights = sum(leaf.size for path, leaf in shapes if path[-1].key == "kernel")
-        if self.config.tie_word_embeddings:
+        if self.config.head in ("causal", "masked") and self.config.tie_word_embeddings:
             weights += self.shapes()["embed"]["table"].size
         N, _, H = self.config.heads
-        t = np.arange(1, length + 1)
+        t = np.arange(1, length + 1) if self.config.causal else np.full(1, length)
         seen = [np.minimum(t, window or length).mean() for window in self.config.windows]
         return float(2 * weights + 4 * N * H * sum(seen))
 
     def _run(self, params, tokens_BT, place: Place, *, length, reach: int, cache=None, read_B=None):
         family = family_of(self.config.model_type)
         top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k != "blocks"})
-        bind = functional(family.Block, self.config)[1]
+        bind = functional(family.BLOCKS["blocks"], self.config)[1]
         x_BTD, shared = top.start(tokens_BT, place, length, self.dtype)
 
         def body(x_BTD, block_params, layer):
@@ -163,7 +192,7 @@ class Model:
         x_BTD, cache = run_blocks(body, x_BTD, params["blocks"], layers_L, scan=self.scan_layers, remat=self.remat)
         if read_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, read_B[:, None, None], axis=1)
-        return top.finish(x_BTD), cache
+        return top.finish(x_BTD, place), cache
 
     def _windows(self, reach: int):
         """Return the window of each layer, or None where none is shorter than the `reach` keys there are."""

@@ -1,6 +1,7 @@
 """Hugging Face directories: round trips and every refusal."""
 
 import json
+import re
 
 import formula
 import jax
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from jaxforget.errors import UserError
 from jaxforget.models import FAMILIES, Model, hub, load, save
 
-NAMES = list(FAMILIES)
+NAMES = list(formula.CONFIGS)
 
 
 def equal(a, b):
@@ -88,9 +89,9 @@ def test_copies_tokenizer_and_extra_files(tmp_path):
 
 def test_save_leaves_nothing_behind_when_it_fails(tmp_path):
     model, params = formula.model("gpt2")
-    del params["final_norm"]
+    partial = {name: leaf for name, leaf in params.items() if name != "final_norm"}
     with pytest.raises(KeyError):
-        save(tmp_path / "m", model, params)
+        save(tmp_path / "m", model, partial)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,18 +103,44 @@ def test_save_does_not_overwrite(saved):
         save(directory.parent / "n", formula.model("llama")[0], params, dtype="int8")
 
 
+# What older checkpoints hold besides parameters.
+_ROTARY = ["rotary_emb.inv_freq", "layers.0.self_attn.rotary_emb.inv_freq"]
+BUFFERS = {
+    "gpt2": ["h.0.attn.bias", "h.1.attn.masked_bias"],
+    "llama": _ROTARY,
+    "mistral": _ROTARY,
+    "qwen2": _ROTARY,
+    "bert": [
+        "embeddings.position_ids",
+        "pooler.dense.bias",
+        "cls.seq_relationship.weight",
+        "cls.predictions.decoder.bias",
+    ],
+    "roberta": ["embeddings.token_type_ids", "pooler.dense.weight", "lm_head.decoder.weight"],
+    "distilbert": ["embeddings.position_ids", "vocab_projector.weight"],
+    "t5": [
+        "encoder.embed_tokens.weight",
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    ],
+    "gpt_neox": [
+        "layers.0.attention.bias",
+        "layers.1.attention.masked_bias",
+        "layers.0.attention.rotary_emb.inv_freq",
+    ],
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_of_the_bare_model_and_with_buffers(name, tmp_path):
     model, params = formula.model(name)
     directory = save(tmp_path / "m", model, params)
     tensors = load_file(directory / hub.WEIGHTS)
-    prefix = FAMILIES[name].PREFIX
-    buffers = {"gpt2": ["h.0.attn.bias", "h.1.attn.masked_bias"]}.get(
-        name, ["rotary_emb.inv_freq", "layers.0.self_attn.rotary_emb.inv_freq"]
-    )
-    if model.config.tie_word_embeddings:
+    prefix = FAMILIES[model.config.model_type].PREFIX
+    buffers = BUFFERS.get(model.config.model_type, [])
+    assert all(any(re.fullmatch(p, b) for b in buffers) for p in FAMILIES[model.config.model_type].IGNORED)
+    if model.config.causal and model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = np.ones((31, 16), np.float32)
-    full = tensors | {prefix + buffer: np.ones(2, np.float32) for buffer in buffers}
+    full = {prefix + buffer: np.ones(2, np.float32) for buffer in buffers} | tensors
     save_file(full, directory / hub.WEIGHTS)
     assert equal(load(directory)[1], params)
     bare = {key.removeprefix(prefix): value for key, value in full.items()}

@@ -11,31 +11,38 @@ import numpy as np
 import pytest
 
 from jaxforget.errors import UserError
-from jaxforget.models import FAMILIES, Model, gpt2, llama
+from jaxforget.models import FAMILIES, Model, bert, distilbert, generate, gpt2, llama, roberta
 from jaxforget.models.layers import ACTIVATIONS, attention
 from jaxforget.models.rotary import Rope
 
-NAMES = list(FAMILIES)
-TOKENS_BT = jnp.asarray(formula.TOKENS_BT)
+NAMES = list(formula.CONFIGS)
+BATCH = {name: jnp.asarray(column) for name, column in formula.BATCH.items()}
+TOKENS_BT = BATCH["tokens"]
+LENGTHS_B = BATCH["length"]
 # float32 sums of a few dozen terms in another order, on logits of order 1.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
-logits_of = jax.jit(lambda model, params, tokens_BT: model.logits(params, tokens_BT), static_argnums=0)
+logits_of = jax.jit(lambda model, params, batch: model.batch_logits(params, batch), static_argnums=0)
+tiny = formula.model
 
 
-@functools.cache
-def tiny(name):
-    return formula.model(name)
+def with_tokens(tokens_BT, column="tokens"):
+    return BATCH | {column: tokens_BT}
 
 
-def losses(model, params, tokens_BT):
-    logp_BTV = jax.nn.log_softmax(model.logits(params, tokens_BT)[:, :-1])
-    return -jnp.mean(jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0], axis=1)
+def losses(model, params, batch):
+    """Any loss an example that every real logit enters, padding none."""
+    logits = jnp.tanh(model.batch_logits(params, batch))
+    if logits.ndim == 3 and logits.shape[1] == batch["tokens"].shape[1]:
+        real_BT = jnp.arange(logits.shape[1])[None] < batch["length"][:, None]
+        logits = jnp.where(real_BT[..., None], logits, 0.0)
+    wave = jnp.sin(jnp.arange(logits[0].size, dtype=jnp.float32)).reshape(1, *logits.shape[1:])
+    return jnp.sum(jnp.square(logits - wave), axis=tuple(range(1, logits.ndim)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_grad(model, params, tokens_BT):
-    return jax.value_and_grad(lambda p: jnp.mean(losses(model, p, tokens_BT)))(params)
+def value_and_grad(model, params, batch):
+    return jax.value_and_grad(lambda p: jnp.mean(losses(model, p, batch)))(params)
 
 
 def assert_trees_close(a, b, **tolerance):
@@ -46,27 +53,54 @@ def assert_trees_close(a, b, **tolerance):
 def test_logits_equal_transformers_on_golden_weights(name):
     model, params = tiny(name)
     golden = np.asarray(json.loads(formula.GOLDEN.read_text())[name])
-    logits_BTV = logits_of(model, params, TOKENS_BT)
-    assert logits_BTV.dtype == jnp.float32
+    logits = logits_of(model, params, BATCH)
+    assert logits.dtype == jnp.float32
     # The file keeps five decimals; the rest is float32 rounding.
-    np.testing.assert_allclose(logits_BTV[:1, formula.POSITIONS], golden, rtol=1e-4, atol=2e-5)
+    np.testing.assert_allclose(formula.kept(logits), golden, rtol=1e-4, atol=2e-5)
+
+
+def test_every_family_is_tested():
+    assert {config["model_type"] for config in formula.CONFIGS.values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_later_tokens_change_nothing_before_them(name):
+def test_what_a_token_sees(name):
+    """Causal logits, and those of a decoder, do not see later tokens; an encoder sees all of its row's."""
     model, params = tiny(name)
-    base_BTV = logits_of(model, params, TOKENS_BT)
-    for t in (1, 6, 11):
-        changed_BTV = logits_of(model, params, TOKENS_BT.at[:, t:].set((TOKENS_BT[:, t:] + 3) % 31))
-        np.testing.assert_array_equal(changed_BTV[:, :t], base_BTV[:, :t])
-        assert not np.array_equal(changed_BTV[:, t], base_BTV[:, t])
+    base = logits_of(model, params, BATCH)
+    decoder = model.config.head == "seq2seq"
+    column = "decoder_tokens" if decoder else "tokens"
+    for t in (1, 6, 7):
+        tokens_BT = BATCH[column]
+        changed = logits_of(model, params, with_tokens(tokens_BT.at[:, t:].set((tokens_BT[:, t:] + 3) % 31), column))
+        if model.config.head == "classification":
+            assert not np.array_equal(changed, base)
+        elif model.config.causal or decoder:
+            np.testing.assert_array_equal(changed[:, :t], base[:, :t])
+            assert not np.array_equal(changed[:, t], base[:, t])
+        else:
+            assert np.all(np.any(changed[:, :8] != base[:, :8], axis=-1))
+    if decoder:
+        changed = logits_of(model, params, with_tokens(TOKENS_BT.at[:, 6].add(-1)))
+        assert np.all(np.any(changed != base, axis=-1))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_right_padding_needs_no_mask(name):
+def test_padding_leaves_no_trace(name):
+    """Neither what stands in the padding nor how much of it there is reaches a real token."""
     model, params = tiny(name)
-    short_BTV = logits_of(model, params, TOKENS_BT[:, :7])
-    np.testing.assert_allclose(logits_of(model, params, TOKENS_BT)[:, :7], short_BTV, **CLOSE)
+    base = logits_of(model, params, BATCH)
+    other = logits_of(model, params, with_tokens(TOKENS_BT.at[1, 9:].set(17)))
+    wide = {key: jnp.pad(value, ((0, 0), (0, 4))) if value.ndim == 2 else value for key, value in BATCH.items()}
+    wide |= {"decoder_tokens": BATCH["decoder_tokens"]}
+    wider = logits_of(model, params, wide)
+    alone = {key: value[1:, :9] if value.ndim == 2 else value[1:] for key, value in BATCH.items()}
+    alone = logits_of(model, params, alone)
+    if base.ndim == 3 and base.shape[1] == TOKENS_BT.shape[1]:
+        base, other, wider = base[:, :9], other[:, :9], wider[:, :9]
+    np.testing.assert_array_equal(other, base)
+    np.testing.assert_allclose(wider, base, **CLOSE)
+    np.testing.assert_allclose(alone, base[1:], **CLOSE)
 
 
 def test_window_hides_what_lies_further_back():
@@ -81,26 +115,20 @@ def test_window_hides_what_lies_further_back():
     )
     model = Model(config)
     params = model.init(jax.random.key(0))
-    base_BTV = logits_of(model, params, TOKENS_BT)
-    changed_BTV = logits_of(model, params, TOKENS_BT.at[:, 4].set((TOKENS_BT[:, 4] + 1) % 31))
+    base_BTV = logits_of(model, params, BATCH)
+    changed_BTV = logits_of(model, params, with_tokens(TOKENS_BT.at[:, 4].set((TOKENS_BT[:, 4] + 1) % 31)))
     same_T = np.all(np.asarray(base_BTV == changed_BTV), axis=(0, 2))
     assert same_T.tolist() == [True] * 4 + [False] * 3 + [True] * 5
 
 
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("gpt2", {"scan_layers": False}),
-        ("llama", {"scan_layers": False, "remat": True}),
-        ("llama", {"remat": True}),
-    ],
-)
-def test_scan_unrolled_and_remat_agree(name, change):
+@pytest.mark.parametrize("name", NAMES)
+def test_scan_unrolled_and_remat_agree(name):
     model, params = tiny(name)
-    value, grads = value_and_grad(model, params, TOKENS_BT)
-    other, other_grads = value_and_grad(dataclasses.replace(model, **change), params, TOKENS_BT)
-    np.testing.assert_allclose(other, value, **CLOSE)
-    assert_trees_close(other_grads, grads, **CLOSE)
+    value, grads = value_and_grad(model, params, BATCH)
+    for change in ({"scan_layers": False}, {"remat": "dots"}, {"scan_layers": False, "remat": "full"}):
+        other, other_grads = value_and_grad(dataclasses.replace(model, **change), params, BATCH)
+        np.testing.assert_allclose(other, value, **CLOSE)
+        assert_trees_close(other_grads, grads, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_with_different_windows_scan_as_they_unroll():
@@ -108,53 +136,57 @@ def test_layers_with_different_windows_scan_as_they_unroll():
     config = llama.Config.from_hf(raw)
     assert config.windows == (None, 4)
     params = tiny("qwen2")[1]
-    scanned_BTV = logits_of(Model(config), params, TOKENS_BT)
-    np.testing.assert_allclose(logits_of(Model(config, scan_layers=False), params, TOKENS_BT), scanned_BTV, **CLOSE)
-    assert not np.allclose(scanned_BTV, logits_of(tiny("qwen2")[0], params, TOKENS_BT))
+    scanned_BTV = logits_of(Model(config), params, BATCH)
+    np.testing.assert_allclose(logits_of(Model(config, scan_layers=False), params, BATCH), scanned_BTV, **CLOSE)
+    assert not np.allclose(scanned_BTV, logits_of(tiny("qwen2")[0], params, BATCH))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", NAMES)
 def test_vmap_over_members_equals_loop(name):
     model, _ = tiny(name)
     params_K = jax.jit(jax.vmap(model.init))(jax.random.split(jax.random.key(1), 2))
-    logits_KBTV = jax.jit(jax.vmap(model.logits, (0, None)))(params_K, TOKENS_BT)
+    logits_K = jax.jit(jax.vmap(model.batch_logits, (0, None)))(params_K, BATCH)
     members = [jax.tree.map(lambda leaf, k=k: leaf[k], params_K) for k in range(2)]
-    for params, logits_BTV in zip(members, logits_KBTV, strict=True):
-        np.testing.assert_allclose(logits_BTV, logits_of(model, params, TOKENS_BT), **CLOSE)
+    for params, logits in zip(members, logits_K, strict=True):
+        np.testing.assert_allclose(logits, logits_of(model, params, BATCH), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", NAMES)
 def test_per_example_gradients_sum_to_the_gradient_of_the_sum(name):
     model, params = tiny(name)
-    gradient = jax.grad(lambda p, tokens_T: losses(model, p, tokens_T[None])[0])
-    grads_B = jax.jit(jax.vmap(gradient, (None, 0)))(params, TOKENS_BT)
-    _, grads = value_and_grad(model, params, TOKENS_BT)
+
+    def loss_of_one(p, one):
+        return losses(model, p, jax.tree.map(lambda x: x[None], one))[0]
+
+    grads_B = jax.jit(jax.vmap(jax.grad(loss_of_one), (None, 0)))(params, BATCH)
+    _, grads = value_and_grad(model, params, BATCH)
     assert_trees_close(jax.tree.map(lambda g: jnp.mean(g, axis=0), grads_B), grads, rtol=1e-4, atol=1e-5)
+    # Every parameter matters; those after the last token of a shorter row too.
+    assert all(np.any(g) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_is_close_to_float32(name):
     model, params = tiny(name)
     half = dataclasses.replace(model, dtype="bfloat16")
-    logits_BTV = logits_of(half, params, TOKENS_BT)
-    assert logits_BTV.dtype == jnp.float32
-    reference_BTV = logits_of(model, params, TOKENS_BT)
+    logits = logits_of(half, params, BATCH)
+    assert logits.dtype == jnp.float32
+    reference = logits_of(model, params, BATCH)
     # bfloat16 keeps 8 bits: relative errors of 2 ** -9 per operation, about ten operations deep.
-    assert np.sqrt(np.mean((logits_BTV - reference_BTV) ** 2)) < 0.03 * np.std(reference_BTV)
-    if name == "llama":
-        _, grads = value_and_grad(half, params, TOKENS_BT)
-        assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert np.sqrt(np.mean((logits - reference) ** 2)) < 0.03 * np.std(reference)
+    _, grads = value_and_grad(half, params, BATCH)
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 def test_equal_models_share_a_compiled_program():
     one, two = (Model(llama.Config.from_hf(formula.CONFIGS["llama"]), dtype=d) for d in ("float32", jnp.float32))
     assert one == two and hash(one) == hash(two)
-    assert one != dataclasses.replace(one, remat=True)
+    assert one != dataclasses.replace(one, remat="full")
     # What a file says besides the computation takes no part.
     assert one == Model(llama.Config.from_hf(formula.CONFIGS["llama"] | {"bos_token_id": 5}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2"])  # others: test_parity.py
 def test_init_has_the_standard_deviations_of_hugging_face(name):
     wide = {"n_embd": 64, "hidden_size": 64, "head_dim": 16}
     raw = {key: wide.get(key, value) for key, value in formula.CONFIGS[name].items()}
@@ -185,7 +217,7 @@ def test_flops_follow_the_formula():
 
 def test_attention_traces_under_vmap_of_grad():
     def total(q, k, v, mask):
-        return jnp.sum(attention(q, k, v, mask_BTU=mask))
+        return jnp.sum(attention(q, k, v, causal=True, mask_BTU=mask))
 
     q = jnp.ones((3, 1, 5, 4, 8))
     kv = jnp.ones((3, 1, 5, 2, 8))
@@ -228,6 +260,13 @@ def test_every_activation_runs_on_vectors():
         (
             lambda: llama.Config(model_type="qwen2", layer_types=["sliding_attention"] * 32),
             "set sliding_window",
+        ),
+        (lambda: bert.Config.from_hf({"is_decoder": True}), "is_decoder is True; supported: False"),
+        (lambda: roberta.Config(pad_token_id=-1), "pad_token_id is -1; it must be 0 or above"),
+        (lambda: distilbert.Config.from_hf({"num_attention_heads": 4}), "num_attention_heads is 4; supported: 12"),
+        (
+            lambda: generate(*tiny("bert"), TOKENS_BT, TOKENS_BT > 0, max_new_tokens=1),
+            "head is masked; only causal and seq2seq heads generate",
         ),
         (lambda: Model(gpt2.Config(), dtype="int8"), "dtype is int8; supported: float32"),
         (lambda: Model(gpt2.Config(), dtype="half"), "dtype is float16; supported: float32"),
