@@ -15,6 +15,7 @@ from jaxforget.errors import UserError
 from jaxforget.models import hub
 from jaxforget.report.run import Run
 from jaxforget.training.stage import finished
+from jaxforget.training.start import ComputeConfig
 from jaxforget.unlearning.page import TERMINAL, write_report
 from jaxforget.unlearning.scoring import COST, gaps, score
 
@@ -41,8 +42,7 @@ class Config:
     """Never-trained records of the same kind: the non-members of the attacks."""
     general: str | None = None
     """Other text."""
-    dtype: str = "float32"
-    """Compute precision: auto, float32, bfloat16."""
+    compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = ComputeConfig(dtype="float32")
     text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
 
 
@@ -60,7 +60,6 @@ def run(config: Config) -> None:
     out = Run("eval.unlearning", config, config.out, config.resume)
     names = ("forget", "retain", "approximate", "general")
     records = {name: read(getattr(config, name), config.text) for name in names if getattr(config, name)}
-    dtype = command.compute_dtype(config.dtype)
     paths = ([config.retrained] if config.retrained else []) + list(config.models)
     loaded = [(path, *hub.load(path)) for path in paths]
     out_rows, encoded = [], {}
@@ -71,7 +70,7 @@ def run(config: Config) -> None:
             name: encode(part, tokenizer, config.text, context=model.max_length, where=name, tell=command.say)
             for name, part in records.items()
         }
-        encoded[path] = (dataclasses.replace(model, dtype=dtype), params, sets)
+        encoded[path] = (config.compute.apply(model), params, sets)
     out.begin()
     for path, (model, params, sets) in encoded.items():
         record = finished(Path(path)) or {}

@@ -78,17 +78,6 @@ def at_least(low: int, **settings: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {low} and below 2**31")
 
 
-def compute_dtype(name: str) -> str:
-    """Resolve --dtype: `auto` computes in bfloat16 on accelerators and float32 on a CPU. Parameters stay float32."""
-    if name not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype is {name!r}; valid are auto, float32, bfloat16")
-    if name == "auto":
-        import jax
-
-        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return name
-
-
 @contextlib.contextmanager
 def progress(label: str):
     """Show a bar with rate and time left. Yields `show(progress)` for the training loop.

@@ -52,6 +52,9 @@ class Toy:
         hidden_BTD = jnp.tanh(mean_BTD @ params["mix"]["kernel"] + params["mix"]["bias"][None, None]) + x_BTD
         return hidden_BTD @ params["head"]["kernel"]
 
+    def batch_logits(self, params, batch):
+        return self.logits(params, batch["tokens"])
+
     def flops_per_token(self, length):
         return 2.0 * (self.width**2 + self.width * self.vocab_size)
 

@@ -15,7 +15,7 @@ import tyro
 
 from jaxforget import command
 from jaxforget.data import fictional
-from jaxforget.data.text import TextConfig, encode, read
+from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.data.tokens import Examples, concatenate
 from jaxforget.errors import NonFiniteLoss, UserError
 from jaxforget.models import hub
@@ -26,7 +26,7 @@ from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import finished, train_stage
-from jaxforget.training.start import SizeConfig, Start, start_from
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import METHODS, Method, Setting, adjust, choose
@@ -82,8 +82,7 @@ class Config:
     """Records of each set measured while a method runs. Final numbers use all."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
-    dtype: str = "auto"
-    """Compute precision: auto (bfloat16 on accelerators, float32 on a CPU), float32, bfloat16."""
+    compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = ComputeConfig()
     unlearning: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(
         epochs=30, learning_rate=1e-4, schedule="constant", warmup=0.0
     )
@@ -185,9 +184,11 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str
         if shared:
             raise UserError(f"--forget and --{other} share {len(shared)} ids, such as {min(shared)!r}; they must not")
 
+    known = records.get("retain", []) + records.get("general", [])
+    texts = tokenizer_texts(known, config.text) if given else fictional.tokenizer_texts(known)
     start = start_from(
-        config.model or config.base, tokenizer_name=config.tokenizer, size=config.size,
-        dtype=command.compute_dtype(config.dtype), corpus=records.get("retain", []) + records.get("general", []),
+        config.model or config.base, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute,
+        texts=texts,
     )  # fmt: skip
     sets = {
         name: encode(part, start.tokenizer, config.text, context=start.model.max_length, where=name, tell=command.say)

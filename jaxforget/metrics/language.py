@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -9,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxforget.data.tokens import IGNORED, Examples
-from jaxforget.training.objectives import token_logp
+from jaxforget.data.sampling import hash64
+from jaxforget.data.tokens import Examples
+from jaxforget.training.objectives import mask_tokens, token_logp
 
 
 class TokenScores(NamedTuple):
@@ -24,24 +26,38 @@ class TokenScores(NamedTuple):
 @functools.cache
 def _scorer(model):
     @jax.jit
-    def score(params, tokens_BT, labels_BT):
-        logits_BTV = model.logits(params, tokens_BT)
-        logp_BT, _ = token_logp(logits_BTV, labels_BT)
-        return logp_BT, jnp.argmax(logits_BTV, axis=-1) == labels_BT
+    def score(params, batch):
+        logits_BTV = model.batch_logits(params, batch)
+        logp_BT, _ = token_logp(logits_BTV, batch["labels"])
+        return logp_BT, jnp.argmax(logits_BTV, axis=-1) == batch["labels"]
 
     return score
 
 
-def token_scores(model, params, examples: Examples, batch: int = 32) -> TokenScores:
-    """Score every label of every example under the model."""
-    tokens_NT, labels_NT = examples.columns["tokens"], examples.columns["labels"]
-    params = jax.tree.map(jnp.asarray, params)
-    score, results = _scorer(model), []
+def in_batches(function, params, examples: Examples, batch: int):
+    """Apply a compiled `function(params, batch)` to all examples and join its arrays on the host."""
+    params, results = jax.tree.map(jnp.asarray, params), []
+    columns = {name: column for name, column in examples.columns.items() if name != "key"}  # 64 bits, for the host
     for start in range(0, len(examples), batch):
         rows = np.arange(start, start + batch).clip(max=len(examples) - 1)  # one shape; the tail repeats a row
-        results.append(score(params, tokens_NT[rows], labels_NT[rows]))
-    logp, correct = (np.concatenate([np.asarray(r[i]) for r in results])[: len(examples)] for i in (0, 1))
-    return TokenScores(logp, correct, labels_NT != IGNORED)
+        results.append(function(params, {name: column[rows] for name, column in columns.items()}))
+    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts])[: len(examples)], *results)
+
+
+def token_scores(model, params, examples: Examples, batch: int = 32) -> TokenScores:
+    """Score every label of every example under the model."""
+    logp_NT, correct_NT = in_batches(_scorer(model), params, examples, batch)
+    return TokenScores(logp_NT, correct_NT, examples.scored)
+
+
+def masked_once(examples: Examples, mask_id: int, vocab_size: int) -> Examples:
+    """Hide tokens as `masked_token` does, the same ones every time: a function of each example's id."""
+    draw_N = (hash64(examples.columns["key"]) >> np.uint64(32)).astype(np.uint32)
+    tokens_NT, labels_NT = mask_tokens(
+        examples.columns["tokens"], examples.columns["labels"], draw_N, mask_id, vocab_size
+    )
+    hidden = {"tokens": np.asarray(tokens_NT), "labels": np.asarray(labels_NT)}
+    return dataclasses.replace(examples, columns=examples.columns | hidden)
 
 
 def language_metrics(scores: TokenScores) -> dict[str, float]:

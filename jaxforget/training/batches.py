@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from jaxforget.data.sampling import order
-from jaxforget.data.tokens import IGNORED, Examples
+from jaxforget.data.sampling import hash64, order
+from jaxforget.data.tokens import IGNORED, Examples, same_widths
 from jaxforget.errors import UserError
 
 Weighting = Literal["sequence", "token"]
@@ -33,7 +33,8 @@ class Stream(NamedTuple):
 class Batches:
     """`take(start, stop, size)` gives the batches of those steps, stacked and padded to `size` steps.
 
-    Columns besides the examples' own: `weight_B` (0 = padding), `factor_B`, `stream_B` (index of the stream).
+    Columns besides the examples' own: `weight_B` (0 = padding), `factor_B`, `stream_B` (index of the stream), `draw_B`
+    (a number for randomness: a function of the seed, the example's id and the epoch).
     The loss of a batch, sum_b weight_b factor_b l_b / sum_b weight_b, equals sum over streams of
     stream.factor * (mean of l over the stream's rows), whatever the row counts.
     weighting: "sequence" makes that a mean over sequences; "token" over scored tokens (l being a mean over tokens).
@@ -46,8 +47,8 @@ class Batches:
     _newest: dict[int, tuple[int, np.ndarray]] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        width = max(stream.examples.columns["tokens"].shape[1] for stream in self.streams)
-        wide = tuple(stream._replace(examples=stream.examples.widen(width)) for stream in self.streams)
+        wide = same_widths([stream.examples for stream in self.streams])
+        wide = tuple(stream._replace(examples=part) for stream, part in zip(self.streams, wide, strict=True))
         object.__setattr__(self, "streams", wide)  # frozen for everybody else
         for stream in self.streams:
             if not len(stream.examples):
@@ -102,15 +103,16 @@ class Batches:
             self._newest[index] = (epoch, order(self.streams[index].examples.columns["key"], self.seed, epoch))
         return self._newest[index][1]
 
-    def _rows(self, index: int, step: int) -> np.ndarray:
-        """Return the example indices of one stream in one step; shorter than `rows` at the end of the first's epoch."""
+    def _rows(self, index: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the examples of one stream in one step, and their epochs; fewer at the end of the first's epoch."""
         stream = self.streams[index]
         if index == 0:
             epoch, place = divmod(step, self.steps_per_epoch)
-            return self._order(0, epoch)[place * stream.rows : (place + 1) * stream.rows]
+            chosen = self._order(0, epoch)[place * stream.rows : (place + 1) * stream.rows]
+            return chosen, np.full(len(chosen), epoch)
         visit_R = np.arange(step * stream.rows, (step + 1) * stream.rows)
         turn_R, place_R = np.divmod(visit_R, len(stream.examples))
-        return np.array([self._order(index, int(t))[p] for t, p in zip(turn_R, place_R, strict=True)])
+        return np.array([self._order(index, int(t))[p] for t, p in zip(turn_R, place_R, strict=True)]), turn_R
 
     def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]:
         """Stack steps start..stop-1; steps beyond, up to `size`, repeat the last one and are not to be run."""
@@ -121,14 +123,17 @@ class Batches:
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         parts = []
         for index, stream in enumerate(self.streams):
-            chosen = self._rows(index, step)
+            chosen, epoch_R = self._rows(index, step)
             # Padding repeats a real row with weight 0: its loss is finite, so it cannot poison the sum.
-            padded = np.concatenate([chosen, np.full(stream.rows - len(chosen), chosen[0])])
+            extra = (0, stream.rows - len(chosen))
+            padded, epoch_B = np.pad(chosen, extra, constant_values=chosen[0]), np.pad(epoch_R, extra)
             part = {name: column[padded] for name, column in stream.examples.columns.items()}
             real_B = np.arange(stream.rows) < len(chosen)
             share_B = (part["labels"] != IGNORED).sum(axis=1) if self.weighting == "token" else 1
             part["weight"] = (real_B * share_B).astype(np.float32)
-            part["key"] = part["key"].astype(np.uint32)  # the low half: enough for per-example randomness
+            # 32 bits of each: what devices hold, and enough.
+            part["draw"] = (hash64(self.seed, epoch_B, part["key"], 1) >> np.uint64(32)).astype(np.uint32)
+            part["key"] = part["key"].astype(np.uint32)
             part["stream"] = np.full(stream.rows, index, np.int32)
             parts.append(part)
         total = sum(part["weight"].sum() for part in parts)

@@ -1,7 +1,7 @@
 """Objectives shared by training and unlearning. Shapes: B batch, T tokens, V vocabulary.
 
-Batches hold `tokens_BT`, `labels_BT` (the token to predict from each position, -100 where none is scored) and,
-optionally, `factor_B`: the coefficient of the example's loss (-1 ascends).
+Batches hold `tokens_BT`, `labels_BT` (the token to predict from each position, -100 where none is scored) or `label_B`
+(the class), and what `Batches` adds, such as `factor_B`: the coefficient of the example's loss (negative ascends).
 """
 
 from __future__ import annotations
@@ -34,10 +34,55 @@ def next_token(model):
     """Negative log-likelihood a token: losses_B = factor_B * mean over scored tokens of -log p, in nats."""
 
     def losses(parts, batch, key):
-        logp_BT, scored_BT = token_logp(model.logits(parts["model"], batch["tokens"]), batch["labels"])
+        logp_BT, scored_BT = token_logp(model.batch_logits(parts["model"], batch), batch["labels"])
         return batch["factor"] * -sequence_mean(logp_BT, scored_BT)
 
     return losses
+
+
+@functools.cache
+def classification(model):
+    """Negative log-likelihood of the class: losses_B = factor_B * -log p(label_B), in nats."""
+
+    def losses(parts, batch, key):
+        logp_BC = jax.nn.log_softmax(model.batch_logits(parts["model"], batch).astype(jnp.float32))
+        return batch["factor"] * -jnp.take_along_axis(logp_BC, batch["label"][:, None], axis=1)[:, 0]
+
+    return losses
+
+
+@functools.cache
+def masked_token(model, mask_id: int):
+    """Negative log-likelihood of masked tokens: losses_B = factor_B * mean over them of -log p, in nats.
+
+    What is masked is a function of `draw_B` alone: (seed, example id, epoch). See `mask_tokens`.
+    """
+
+    def losses(parts, batch, key):
+        tokens_BT, labels_BT = mask_tokens(batch["tokens"], batch["labels"], batch["draw"], mask_id, model.vocab_size)
+        logp_BT, scored_BT = token_logp(model.batch_logits(parts["model"], batch | {"tokens": tokens_BT}), labels_BT)
+        return batch["factor"] * -sequence_mean(logp_BT, scored_BT)
+
+    return losses
+
+
+def mask_tokens(tokens_BT, labels_BT, draw_B, mask_id: int, vocab_size: int, rate: float = 0.15):
+    """Choose tokens to predict and hide them. Returns (tokens_BT, labels_BT), labels -100 where nothing is predicted.
+
+    A position with a label is chosen with probability `rate`, and at least one a row is; of the chosen 80 % become the
+    mask, 10 % any token, 10 % stay. Source: arXiv 1810.04805, section 3.1.
+    """
+
+    def one(tokens_T, labels_T, draw):
+        choice_key, kind_key, token_key = jax.random.split(jax.random.key(draw), 3)
+        choice_T = jnp.where(labels_T != IGNORED, jax.random.uniform(choice_key, tokens_T.shape), 2.0)
+        chosen_T = (choice_T < rate) | ((choice_T == jnp.min(choice_T)) & (choice_T < 2.0))
+        kind_T = jax.random.uniform(kind_key, tokens_T.shape)
+        any_T = jax.random.randint(token_key, tokens_T.shape, 0, vocab_size, tokens_T.dtype)
+        hidden_T = jnp.where(kind_T < 0.8, mask_id, jnp.where(kind_T < 0.9, any_T, tokens_T))
+        return jnp.where(chosen_T, hidden_T, tokens_T), jnp.where(chosen_T, labels_T, IGNORED)
+
+    return jax.vmap(one)(tokens_BT, labels_BT, draw_B)
 
 
 @functools.cache
@@ -49,12 +94,12 @@ def next_token_with_kl(model):
 
     def losses(parts, batch, key):
         kl_B = batch["stream"] > 0
-        logits_BTV = model.logits(parts["model"], batch["tokens"])
+        logits_BTV = model.batch_logits(parts["model"], batch)
         logp_BT, scored_BT = token_logp(logits_BTV, batch["labels"])
         # Micro-batches of one stream skip the reference model where it is not needed.
         reference_BTV = jax.lax.cond(
             jnp.any(kl_B),
-            lambda: model.logits(parts["reference"], batch["tokens"]),
+            lambda: model.batch_logits(parts["reference"], batch),
             lambda: jnp.zeros_like(logits_BTV),
         )
         kl_BT = kl_divergence(reference_BTV, logits_BTV)

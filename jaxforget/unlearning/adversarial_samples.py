@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.data.tokens import IGNORED, Examples
+from jaxforget.metrics.language import in_batches
 from jaxforget.training.batches import Stream
 from jaxforget.training.objectives import next_token
 from jaxforget.unlearning.recipe import Recipe, Setting
@@ -48,11 +49,8 @@ def adversarial_labels(
     tokens_NT, labels_NT = examples.columns["tokens"], examples.columns["labels"]
     # The definition forbids the token to be predicted; the released code the one just read.
     banned_NT = tokens_NT if released else np.where(labels_NT == IGNORED, 0, labels_NT)
-    params, best, chosen = jax.tree.map(jnp.asarray, params), _best(model, forbidden_id), []
-    for start in range(0, len(examples), batch):
-        rows = np.arange(start, start + batch).clip(max=len(examples) - 1)
-        chosen.append(np.asarray(best(params, tokens_NT[rows], banned_NT[rows])))
-    chosen_NT = np.concatenate(chosen)[: len(examples)]
+    with_banned = dataclasses.replace(examples, columns=examples.columns | {"banned": banned_NT})
+    chosen_NT = in_batches(_best(model, forbidden_id), params, with_banned, batch)
     if released:  # the sample made at position j becomes the label of token j, predicted from position j - 1
         chosen_NT = np.roll(chosen_NT, -1, axis=1)
     return np.where(labels_NT == IGNORED, IGNORED, chosen_NT).astype(np.int32)
@@ -61,10 +59,10 @@ def adversarial_labels(
 @functools.cache
 def _best(model, forbidden_id: int | None):
     @jax.jit
-    def best(params, tokens_BT, banned_BT):
-        logits_BTV = model.logits(params, tokens_BT)
+    def best(params, batch):
+        logits_BTV = model.batch_logits(params, batch)
         vocabulary_V = jnp.arange(logits_BTV.shape[-1])
-        banned_BTV = banned_BT[..., None] == vocabulary_V[None, None, :]
+        banned_BTV = batch["banned"][..., None] == vocabulary_V[None, None, :]
         if forbidden_id is not None:
             banned_BTV |= (vocabulary_V == forbidden_id)[None, None, :]
         return jnp.argmax(jnp.where(banned_BTV, -jnp.inf, logits_BTV), axis=-1)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import jax
 
+from jaxforget.data import fictional
 from jaxforget.data.fictional import FictionalConfig
 from jaxforget.models import hub
-from jaxforget.training.start import SizeConfig, start_from
+from jaxforget.training.start import ComputeConfig, SizeConfig, start_from
 
 REPO = Path(__file__).resolve().parents[2]
 CORPUS = FictionalConfig(people=12, general_records=40, general_test_records=20)  # of train.unlearn's smoke preset
@@ -68,7 +69,7 @@ def metrics(out: Path) -> list[dict]:
 def save_model(directory: Path, *, family="llama", width=16, vocab_size=300, context=32) -> Path:
     """Save a tiny untrained model with a tokenizer."""
     size = SizeConfig(family=family, width=width, layers=1, heads=2, context=context, vocab_size=vocab_size)
-    fresh = start_from(None, tokenizer_name=None, size=size, dtype="float32", corpus=[])
+    fresh = start_from(None, tokenizer_name=None, size=size, compute=ComputeConfig(), texts=fictional.tokenizer_texts())
     with tempfile.TemporaryDirectory() as scratch:
         fresh.save_tokenizer(Path(scratch))
         return hub.save(directory, fresh.model, fresh.params(0), tokenizer_dir=scratch)

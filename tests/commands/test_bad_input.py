@@ -44,7 +44,7 @@ def made(tmp_path_factory):
     unsupported = home / "unsupported"
     shutil.copytree(model, unsupported)
     config = json.loads((unsupported / "config.json").read_text())
-    (unsupported / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    (unsupported / "config.json").write_text(json.dumps(config | {"model_type": "bloom"}))
     listed = home / "listed"  # a config.json that is none
     listed.mkdir()
     (listed / "config.json").write_text("[1, 2]")
@@ -115,7 +115,7 @@ CASES = {
         ["truncated/model.safetensors"]),
     "truncated model to score": (
         eval.unlearning, "--models {truncated} --forget {forget}", ["truncated/model.safetensors"]),
-    "unsupported family": (train.lm, "--data {retain} --model {unsupported}", ["'t5'", "llama", "gpt2"]),
+    "unsupported family": (train.lm, "--data {retain} --model {unsupported}", ["'bloom'", "llama", "gpt2"]),
     "no model directory": (
         train.unlearn, "--forget {forget} --model {home}/none --methods gradient_ascent", ["/none", "does not exist"]),
     "yardstick of another shape": (

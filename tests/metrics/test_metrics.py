@@ -74,7 +74,7 @@ def test_token_scores_do_not_depend_on_batching_or_padding():
     toy, examples = Toy(), make_examples(7)
     params = toy.init(jax.random.key(0))
     whole = token_scores(toy, params, examples, batch=7)
-    pieces = token_scores(toy, params, examples.widen(12), batch=3)
+    pieces = token_scores(toy, params, examples.widen({"tokens": 12, "labels": 12}), batch=3)
     width = whole.logp_NT.shape[1]
     np.testing.assert_allclose(pieces.logp_NT[:, :width], whole.logp_NT, rtol=1e-5, atol=1e-6)
     assert not pieces.scored_NT[:, width:].any()

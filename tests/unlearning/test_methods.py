@@ -34,7 +34,7 @@ class Table:
     max_length: int = 6
     vocab_size: int = 7
 
-    def logits(self, params, tokens_BT):
+    def batch_logits(self, params, batch):
         b, t, v = np.ogrid[:2, :6, :7]
         return jnp.asarray(2 * np.sin(0.7 * b + 1.3 * t + 0.9 * v + 0.13 * t * v), jnp.float32) + 0 * params["zero"]
 
@@ -115,7 +115,7 @@ def loss_and_gradient(name, params=PARAMS, sets=SETS, rows=4):
 @pytest.mark.parametrize("name", METHODS)
 def test_padding_on_the_right_changes_nothing(name):
     (report, grads), _, _ = loss_and_gradient(name)
-    wide = {key: examples.widen(13) for key, examples in SETS.items()}
+    wide = {key: examples.widen({"tokens": 13, "labels": 13}) for key, examples in SETS.items()}
     (wide_report, wide_grads), _, _ = loss_and_gradient(name, sets=wide)
     chex.assert_trees_all_close((report, grads), (wide_report, wide_grads), rtol=1e-5, atol=1e-6)  # float32 sums
 
