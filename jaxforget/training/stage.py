@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxforget.models import hub
+from jaxforget.models.layers import merge
 from jaxforget.training.batches import Batches
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.loop import Outcome, fit
@@ -42,13 +43,15 @@ def train_stage(
     save_tokenizer: Callable[[Path], Any],
     checkpoints: Path,
     describe: Callable[[Outcome, Any], dict[str, Any]] = lambda outcome, params: {},
+    save_adapter: Callable[[Any], Any] = lambda params: None,
     **loop: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Train `parts["model"]` over the batches and save it as a Hugging Face directory.
+    """Train `parts["model"]` over the batches and save it, adapters merged, as a Hugging Face directory.
 
     Returns (params, record) on the host; a finished directory is loaded instead. The record holds steps, seconds,
     train_tokens, train_flops, stopped_at and what `describe` adds; `forward_tokens` among that counts tokens that cost
-    a forward pass besides. Checkpoints are removed once the model is saved.
+    a forward pass besides. save_adapter gets the parameters before adapters are merged. Checkpoints are removed once
+    the model is saved.
     """
     if (record := finished(directory)) is not None:
         return hub.load(directory)[1], record
@@ -56,7 +59,8 @@ def train_stage(
     state = set_schedule(state, learning_rate=learning_rate, total=batches.steps)
     with Checkpoints(checkpoints) as store:
         outcome = fit(step, state, frozen, batches, checkpoints=store, **loop)
-    params = jax.tree.map(np.asarray, step.combine(frozen, outcome.state.trainable)["model"])
+    joined = step.combine(frozen, outcome.state.trainable)["model"]
+    params = jax.tree.map(np.asarray, merge(joined))
     record = {
         "steps": outcome.steps,
         "seconds": outcome.seconds,
@@ -76,6 +80,7 @@ def train_stage(
         files = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
     for stale in directory.parent.glob(f".{directory.name}.*"):  # what a kill during an earlier save left
         shutil.rmtree(stale, ignore_errors=True)
+    save_adapter(joined)
     files[RECORD] = json.dumps(record, indent=2) + "\n"
     hub.save(directory, model, params, extra_files=files)
     shutil.rmtree(checkpoints, ignore_errors=True)
