@@ -15,7 +15,7 @@ from jaxforget.errors import UserError
 from jaxforget.models import hub
 from jaxforget.report.run import Run
 from jaxforget.training.stage import finished
-from jaxforget.training.start import ComputeConfig
+from jaxforget.training.start import ComputeConfig, require_causal
 from jaxforget.unlearning.page import TERMINAL, write_report
 from jaxforget.unlearning.scoring import COST, gaps, score
 
@@ -64,6 +64,7 @@ def run(config: Config) -> None:
     loaded = [(path, *hub.load(path)) for path in paths]
     out_rows, encoded = [], {}
     for path, model, params in loaded:
+        require_causal(model, path)
         tokenizer = load_tokenizer(config.tokenizer or path)
         check_vocabulary(tokenizer, model.vocab_size, path)
         sets = {

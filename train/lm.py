@@ -1,31 +1,39 @@
-"""Train or fine-tune a language model: `python -m train.lm --data FILE [--model DIR] --out DIR`.
+"""Train or fine-tune a language model or a classifier: `python -m train.lm --data FILE [--model DIR] --out DIR`.
 
-Leaves a Hugging Face directory in OUT/model. Without --data it trains on the generated corpus of fictional people.
+Leaves a Hugging Face directory in OUT/model and, with --lora.rank, a PEFT adapter in OUT/adapter. Without --data it
+trains on the generated corpus of fictional people.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 from jaxforget import command
 from jaxforget.data import fictional
-from jaxforget.data.text import TextConfig, encode, read
+from jaxforget.data.sources import Record
+from jaxforget.data.tasks import class_names
+from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.errors import UserError
-from jaxforget.metrics.language import language_metrics, token_scores
+from jaxforget.metrics.classification import class_logp, classification_metrics
+from jaxforget.metrics.language import language_metrics, masked_once, token_scores
+from jaxforget.models.adapters import save_adapter
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
-from jaxforget.training.objectives import next_token
+from jaxforget.training.lora import LoraConfig, lora
+from jaxforget.training.objectives import classification, masked_token, next_token
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import train_stage
-from jaxforget.training.start import SizeConfig, start_from
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
 from jaxforget.training.step import make_step
-from jaxforget.training.trainable import everything
+from jaxforget.training.trainable import everything, subset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +50,18 @@ class Config:
     """Files whose records are left out of training, by id: retraining without them."""
     evaluate: tuple[str, ...] = ()
     """Files to score before and after training, besides the training text."""
+    task: Literal["causal", "classification", "masked", "seq2seq"] = "causal"
+    """What to learn: the next token, the class of a text, masked tokens, or an answer from an encoded question."""
     model: str | None = None
     """Hugging Face directory or hub name to start from. Default: from scratch, see --size.*"""
     tokenizer: str | None = None
     """Tokenizer directory or hub name. Default: the model's own, or one built from the training text."""
     seed: int = 0
     """Seed of initialisation and data order."""
-    dtype: str = "auto"
-    """Compute precision: auto (bfloat16 on accelerators, float32 on a CPU), float32, bfloat16."""
+    trainable: tuple[str, ...] = ()
+    """Train only parameters whose path matches one of these regular expressions, such as blocks/attn/.*."""
+    lora: LoraConfig = LoraConfig(rank=0)
+    compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = ComputeConfig()
     weighting: Literal["sequence", "token"] = "token"
     """Mean over scored tokens of a batch, or over sequences of their means."""
     checkpoint_every: int = 200
@@ -78,7 +90,8 @@ PRESETS = {"default": default, "smoke": smoke}
 
 
 FIELDS = (
-    "name", "set", "nll", "perplexity", "accuracy", "steps", "seconds", "train_tokens", "tokens_per_second",
+    "name", "set", "nll", "perplexity", "accuracy", "macro_f1", "majority", "steps", "seconds", "train_tokens",
+    "tokens_per_second",
 )  # fmt: skip
 
 
@@ -88,49 +101,65 @@ def run(config: Config) -> None:
     config.train.microbatch_of(config.train.batch_size)
     out = Run("train.lm", config, config.out, config.resume)
     if config.data:
-        records = [record for source in config.data for record in read(source, config.text)]
+        records = [record for source in config.data for record in read_for(source, config)]
     else:
         if config.exclude or config.evaluate:
             raise UserError("--exclude and --evaluate need --data; the generated corpus has neither")
+        if config.task == "classification":
+            raise UserError("--task classification needs --data with a column of classes, see --label-field")
         sets = fictional.generate(config.corpus)
-        records = sets["forget"] + sets["retain"] + sets["general"]
-    left_out = {record.id for source in config.exclude for record in read(source, config.text)}
+        people = sets["forget"] + sets["retain"]
+        records = people if config.task == "seq2seq" else people + sets["general"]
+    left_out = {record.id for source in config.exclude for record in read_for(source, config)}
     kept = [record for record in records if record.id not in left_out]
     if not kept:
         raise UserError("--exclude leaves none of the records of --data")
     if config.exclude:
         command.say(f"--exclude names {len(left_out)} records; {len(records) - len(kept)} of them were in the data")
+    labels = class_names(kept, "training text") if config.task == "classification" else ()
     start = start_from(
-        config.model, tokenizer_name=config.tokenizer, size=config.size,
-        dtype=command.compute_dtype(config.dtype), corpus=kept,
+        config.model, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute, head=config.task,
+        labels=labels, tell=command.say,
+        texts=tokenizer_texts(kept, config.text) if config.data else fictional.tokenizer_texts(kept),
     )  # fmt: skip
     model = start.model
 
     def tokens(records, where):
-        return encode(records, start.tokenizer, config.text, context=model.max_length, where=where, tell=command.say)
+        return encode(
+            records, start.tokenizer, config.text, context=model.max_length, where=where, tell=command.say,
+            task=config.task, labels=model.config.labels, start_id=getattr(model.config, "decoder_start_token_id", 0),
+        )  # fmt: skip
 
     sets = {"train": tokens(kept, "training text")}
     for source in config.evaluate:
         name = Path(source).name
-        sets[source if name in sets else name] = tokens(read(source, config.text), source)
+        sets[source if name in sets else name] = tokens(read_for(source, config), source)
+    moving = trainable_of(config, model)
+    parts = {"model": start.params(config.seed)}
+    jax.eval_shape(
+        moving.init, jax.random.key(0), parts
+    )  # a pattern that matches nothing is told before a file is made
     out.begin()
 
-    params = start.params(config.seed)
-    rows = [_row("before", name, model, params, examples) for name, examples in sets.items()]
-    batches = Batches((Stream(sets["train"], config.train.batch_size),), config.train.epochs, config.seed,
-                      config.weighting)  # fmt: skip
+    rows = [row("before", name, config.task, start, parts["model"], examples) for name, examples in sets.items()]
+    weighting = config.weighting if config.task != "classification" else "sequence"
+    batches = Batches((Stream(sets["train"], config.train.batch_size),), config.train.epochs, config.seed, weighting)
     gradient = mean_gradient(config.train.microbatch_of(config.train.batch_size))
-    step = make_step(next_token(model), everything(), gradient, adamw(config.train))
+    step = make_step(objective_of(config.task, start), moving, gradient, adamw(config.train))
     with command.progress("training") as show:
         params, record = train_stage(
-            out.directory / "model", model, step, {"model": params}, batches,
+            out.directory / "model", model, step, parts, batches,
             learning_rate=config.train.learning_rate, save_tokenizer=start.save_tokenizer,
             checkpoints=out.directory / "checkpoints", checkpoint_every=config.checkpoint_every,
             log=lambda step, metrics: out.log("train", step, metrics),
             resumed=lambda step: out.rewind("train", step), show=show,
+            save_adapter=lambda params: save_lora(out.directory / "adapter", config, model, params),
         )  # fmt: skip
     speed = {"tokens_per_second": record["train_tokens"] / record["seconds"]}
-    rows += [{**_row("after", name, model, params, examples), **record, **speed} for name, examples in sets.items()]
+    rows += [
+        {**row("after", name, config.task, start, params, examples), **record, **speed}
+        for name, examples in sets.items()
+    ]
     document = out.finish(rows)
     losses = [(line["step"], line["loss"]) for line in out.metrics()]
     curve = figure(lambda axes: (axes.plot(*zip(*losses, strict=True), lw=1),
@@ -144,9 +173,59 @@ def run(config: Config) -> None:
     command.print_table(rows, FIELDS, f"train.lm · {out.directory}")
 
 
-def _row(name, set_name, model, params, examples) -> dict[str, Any]:
-    scores = token_scores(model, params, examples)
-    return {"name": f"{name}:{set_name}", "set": set_name, **language_metrics(scores)}
+def read_for(source: str, config: Config) -> list[Record]:
+    """Read a source with the columns that the task needs."""
+    text = config.text
+    if config.task == "classification" and text.label_field is None:
+        text = dataclasses.replace(text, label_field="label")
+    return read(source, text)
+
+
+def objective_of(task: str, start: Start):
+    """Return what is minimised."""
+    if task == "classification":
+        return classification(start.model)
+    if task == "masked":
+        return masked_token(start.model, start.tokenizer.mask_token_id)
+    return next_token(start.model)
+
+
+def trainable_of(config: Config, model):
+    """Return what moves: everything, a subset, or low-rank differences."""
+    patterns = tuple(f"model/{pattern}" for pattern in config.trainable)
+    if not config.lora.rank:
+        return subset(*patterns) if patterns else everything()
+    if patterns:
+        raise UserError("--trainable and --lora.rank exclude each other; --lora.also names what is trained in full")
+    return lora(lora_of(config, model))
+
+
+def lora_of(config: Config, model) -> LoraConfig:
+    """Return the adapter's settings. A classification head is trained in full unless --lora.also says otherwise."""
+    if not config.model:
+        raise UserError("--lora.rank needs --model; without one there is no base for the adapter")
+    if config.lora.also or config.task != "classification":
+        return config.lora
+    head = tuple(name for name in ("pool", "score") if name in model.shapes())
+    return dataclasses.replace(config.lora, also=head)
+
+
+def save_lora(directory: Path, config: Config, model, params) -> None:
+    """Save the adapter beside the merged model, if there is one."""
+    if config.lora.rank:
+        shutil.rmtree(directory, ignore_errors=True)  # what a kill before the model was saved left
+        save_adapter(directory, model, params, lora_of(config, model), base_name=config.model)
+
+
+def row(name: str, set_name: str, task: str, start: Start, params, examples) -> dict[str, Any]:
+    """Score a set. Masked tokens are the same ones every time."""
+    if task == "classification":
+        metrics = classification_metrics(class_logp(start.model, params, examples), examples.columns["label"])
+    else:
+        if task == "masked":
+            examples = masked_once(examples, start.tokenizer.mask_token_id, start.model.vocab_size)
+        metrics = language_metrics(token_scores(start.model, params, examples))
+    return {"name": f"{name}:{set_name}", "set": set_name, **metrics}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import finished, train_stage
-from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_causal, start_from
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import METHODS, Method, Setting, adjust, choose
@@ -190,6 +190,7 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str
         config.model or config.base, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute,
         texts=texts,
     )  # fmt: skip
+    require_causal(start.model, config.model or config.base)
     sets = {
         name: encode(part, start.tokenizer, config.text, context=start.model.max_length, where=name, tell=command.say)
         for name, part in records.items()

@@ -114,6 +114,12 @@ def start_from(
     return Start(model, draw, tokenizer, tokenizer.save_pretrained)
 
 
+def require_causal(model: Model, name: Any) -> None:
+    """Raise UserError for a model that does not predict next tokens."""
+    if model.config.head != "causal":
+        raise UserError(f"{name} is {model.config.model_type} with a {model.config.head} head; a causal one is needed")
+
+
 def _classes(labels: tuple[str, ...]) -> dict[str, Any]:
     return {"id2label": {str(i): name for i, name in enumerate(labels)}} if labels else {}
 

@@ -66,10 +66,12 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def save_model(directory: Path, *, family="llama", width=16, vocab_size=300, context=32) -> Path:
+def save_model(directory: Path, *, family="llama", head="causal", width=16, vocab_size=300, context=32) -> Path:
     """Save a tiny untrained model with a tokenizer."""
     size = SizeConfig(family=family, width=width, layers=1, heads=2, context=context, vocab_size=vocab_size)
-    fresh = start_from(None, tokenizer_name=None, size=size, compute=ComputeConfig(), texts=fictional.tokenizer_texts())
+    fresh = start_from(
+        None, tokenizer_name=None, size=size, compute=ComputeConfig(), texts=fictional.tokenizer_texts(), head=head
+    )
     with tempfile.TemporaryDirectory() as scratch:
         fresh.save_tokenizer(Path(scratch))
         return hub.save(directory, fresh.model, fresh.params(0), tokenizer_dir=scratch)

@@ -55,6 +55,7 @@ def made(tmp_path_factory):
         long=write(home / "long.jsonl", [LONG, *RETAIN]), missing=home / "missing.jsonl",
         large_tokenizer=running.save_model(home / "large", vocab_size=400), truncated=truncated,
         unsupported=unsupported, wide=running.save_model(home / "wide", width=32), listed=listed,
+        encoder=running.save_model(home / "encoder", family="bert", head="masked"),
     )  # fmt: skip
 
 
@@ -116,6 +117,10 @@ CASES = {
     "truncated model to score": (
         eval.unlearning, "--models {truncated} --forget {forget}", ["truncated/model.safetensors"]),
     "unsupported family": (train.lm, "--data {retain} --model {unsupported}", ["'bloom'", "llama", "gpt2"]),
+    "an encoder to unlearn": (
+        train.unlearn, "--model {encoder} --forget {forget} --methods gradient_ascent", ["masked head", "causal"]),
+    "an encoder to score": (
+        eval.unlearning, "--models {encoder} --forget {forget}", ["masked head", "causal"]),
     "no model directory": (
         train.unlearn, "--forget {forget} --model {home}/none --methods gradient_ascent", ["/none", "does not exist"]),
     "yardstick of another shape": (
@@ -157,9 +162,6 @@ CASES = {
     "negative evaluate every": (train.unlearn, "--preset smoke --evaluate-every -2", ["--evaluate-every is -2"]),
     "negative checkpoint every": (train.lm, "--preset smoke --checkpoint-every -1", ["--checkpoint-every is -1"]),
     "no curve records": (train.unlearn, "--preset smoke --curve-records 0", ["--curve-records is 0"]),
-    "unknown precision": (train.unlearn, "--preset smoke --dtype float17", ["--dtype", "'float17'", "bfloat16"]),
-    "unknown precision to score in": (
-        eval.unlearning, "--models {model} --forget {forget} --dtype int8", ["--dtype", "'int8'"]),
     "no heads": (train.lm, "--preset smoke --size.heads 0", ["--size.heads is 0"]),
     "width no multiple": (train.lm, "--preset smoke --size.width 33", ["--size.width", "33", "--size.heads"]),
     "tiny vocabulary": (train.lm, "--preset smoke --size.vocab-size 10", ["vocab_size", "10", "259"]),

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,8 +10,6 @@ import running
 
 import train.lm
 import train.unlearn
-from jaxforget import command
-from jaxforget.data import fictional
 from jaxforget.models import hub
 
 METHODS = ("gradient_ascent", "ascent_kl_indist")
@@ -21,12 +18,6 @@ REQUIRED = (
     "gap_to_retrained", "seconds", "train_tokens", "flops_vs_retraining",
 )  # fmt: skip
 LM_SMOKE = ("--preset", "smoke", "--epochs", 1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """The smoke corpus of train.unlearn as files."""
-    return fictional.write(tmp_path_factory.mktemp("corpus"), fictional.generate(running.CORPUS))
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +33,6 @@ def runs(tmp_path_factory, corpus):
         "--approximate", corpus["approximate"], "--general", corpus["general_test"], "--out", home / "eval.unlearning",
     )  # fmt: skip
     return {name: home / name for name in ("train.unlearn", "train.lm", "eval.unlearning")}
-
-
-@pytest.fixture
-def in_process(tmp_path, monkeypatch, capsys):
-    """Run a command in this process, which has its imports and programs already. Returns (out, what it said)."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)  # else it would be moved
-
-    def run(module, name, *flags):
-        command.main(module.run, module.PRESETS, [str(flag) for flag in (*flags, "--out", tmp_path / name)])
-        return SimpleNamespace(out=tmp_path / name, said=capsys.readouterr().err)
-
-    return run
 
 
 COMMANDS = ("train.unlearn", "train.lm", "eval.unlearning")
