@@ -22,7 +22,7 @@ from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.errors import UserError
 from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import language_metrics, masked_once, token_scores
-from jaxforget.models.adapters import save_adapter
+from jaxforget.models.adapters import check_adapter, save_adapter
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
@@ -135,6 +135,8 @@ def run(config: Config) -> None:
         name = Path(source).name
         sets[source if name in sets else name] = tokens(read_for(source, config), source)
     moving = trainable_of(config, model)
+    if config.lora.rank:
+        check_adapter(model, lora_of(config, model))
     parts = {"model": start.params(config.seed)}
     jax.eval_shape(
         moving.init, jax.random.key(0), parts

@@ -10,10 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,9 +51,6 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    directory = Path(directory).expanduser()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not an empty directory; choose another")
     leaves, places = _leaves(params), _places(model)
     found = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, LowRank)}
     if {(leaf.a.shape[-1], leaf.scale) for leaf in found.values()} != {(config.rank, config.scale)}:
@@ -85,17 +79,10 @@ def save_adapter(
     }
     metadata = {"format": "pt", DIGEST: digest(params, without={places[name].path for name in whole})}
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
+    with hub.new_directory(directory) as temporary:
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata=metadata)
-        os.replace(temporary, directory)  # also over an empty directory
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return directory
+    return Path(directory)
 
 
 def check_adapter(model: Model, config: LoraConfig) -> tuple[set[str], list[str], set[str]]:
@@ -133,7 +120,7 @@ def load_adapter(directory: str | Path, model: Model, params: Params) -> Params:
     leaves, places = _leaves(params), _places(model)
     if any(isinstance(leaf, LowRank) for leaf in leaves.values()):
         raise UserError("the model has a LoRA adapter already; merge it first")
-    raw = hub._read_json(directory / CONFIG)
+    raw = hub.read_json(directory / CONFIG)
     try:
         rank, scale = _read_settings(raw)
     except UserError as error:
@@ -175,7 +162,7 @@ def load_adapter(directory: str | Path, model: Model, params: Params) -> Params:
         raise UserError(f"{where}: made for the base model {base_name}, whose parameters differ from those of this one")
     joined = jax.tree.map(lambda x: x, params)
     for path, arrays in moved.items():
-        hub._set(joined, path, arrays[""] if "" in arrays else LowRank(leaves[path], **arrays, scale=scale))
+        hub.set_leaf(joined, path, arrays[""] if "" in arrays else LowRank(leaves[path], **arrays, scale=scale))
     return joined
 
 

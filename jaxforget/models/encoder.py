@@ -8,7 +8,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, attend, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, attend
+from jaxforget.models.parts import MLP, Attention
 
 ARCHITECTURES = {
     model_type: {
@@ -86,38 +87,15 @@ class Tied(nnx.Module):
         return attend(x_BTD, table_VD, self.bias[...])
 
 
-class Attention(nnx.Module):
-    def __init__(self, config, draws: Draws):
-        D, std = config.hidden_size, config.initializer_range
-        self.q, self.k, self.v, self.o = (Linear(D, D, draws, std=std, bias=True) for _ in range(4))
-        self.heads = config.heads[0]
-
-    def __call__(self, x_BTD, place, layer):
-        B, T, D = x_BTD.shape
-        q, k, v = (part(x_BTD).reshape(B, T, self.heads, -1) for part in (self.q, self.k, self.v))
-        y_BTNH, cache = self_attention(q, k, v, place, layer)
-        return self.o(y_BTNH.reshape(B, T, D)), cache
-
-
-class MLP(nnx.Module):
-    def __init__(self, config, draws: Draws):
-        D, F, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.up = Linear(D, F, draws, std=std, bias=True)
-        self.down = Linear(F, D, draws, std=std, bias=True)
-        self.activation = config.hidden_act
-
-    def __call__(self, x_BTD):
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
-
-
 class Block(nnx.Module):
     """Norms follow the sums."""
 
     def __init__(self, config, draws: Draws):
-        self.attn = Attention(config, draws)
-        self.attn_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps)
-        self.mlp = MLP(config, draws)
-        self.mlp_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps)
+        D, std, epsilon = config.hidden_size, config.initializer_range, config.layer_norm_eps
+        self.attn = Attention(D, config.heads[0], draws, std=std, bias=True)
+        self.attn_norm = LayerNorm(D, epsilon=epsilon)
+        self.mlp = MLP(D, config.intermediate_size, draws, std=std, activation=config.hidden_act)
+        self.mlp_norm = LayerNorm(D, epsilon=epsilon)
 
     def __call__(self, x_BTD, shared, place, layer):
         y_BTD, cache = self.attn(x_BTD, place, layer)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxforget.models import configs
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, last_token, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, self_attention
+from jaxforget.models.parts import MLP, add_head, apply_head, head_keys
 
 ARCHITECTURES = {
     "gpt2": {"causal": "GPT2LMHeadModel", "classification": "GPT2ForSequenceClassification", "none": "GPT2Model"}
@@ -90,10 +91,7 @@ class Top(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.n_embd, draws, std=std)
         self.positions = Embedding(config.n_positions, config.n_embd, draws, std=std)
         self.final_norm = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
-        if config.head == "classification":
-            self.score = Linear(config.n_embd, len(config.labels), draws, std=std, bias=False)
-        elif config.head == "causal" and not config.tie_word_embeddings:
-            self.head = Linear(config.n_embd, config.vocab_size, draws, std=std, bias=False)
+        add_head(self, config, config.n_embd, draws, std=std)
         self.config = config
 
     def start(self, tokens_BT, place: Place, length, dtype):
@@ -103,12 +101,7 @@ class Top(nnx.Module):
         return x_BTD + jnp.broadcast_to(positions_BTD, x_BTD.shape), None
 
     def finish(self, x_BTD, place: Place):
-        x_BTD = self.final_norm(x_BTD)
-        if self.config.head == "none":
-            return x_BTD
-        if self.config.head == "classification":
-            return self.score(last_token(x_BTD, place.lengths_B), jnp.float32)
-        return self.embed.attend(x_BTD) if self.config.tie_word_embeddings else self.head(x_BTD, jnp.float32)
+        return apply_head(self, self.config, self.final_norm(x_BTD), place)
 
 
 class Attention(nnx.Module):
@@ -125,23 +118,15 @@ class Attention(nnx.Module):
         return self.o(y_BTNH.reshape(B, T, D)), cache
 
 
-class MLP(nnx.Module):
-    def __init__(self, config: Config, draws: Draws):
-        D, F = config.n_embd, config.n_inner or 4 * config.n_embd
-        self.up = Linear(D, F, draws, std=config.initializer_range, bias=True)
-        self.down = Linear(F, D, draws, std=_residual_std(config), bias=True)
-        self.activation = config.activation_function
-
-    def __call__(self, x_BTD):
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
-
-
 class Block(nnx.Module):
     def __init__(self, config: Config, draws: Draws):
         self.attn_norm = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
         self.attn = Attention(config, draws)
         self.mlp_norm = LayerNorm(config.n_embd, epsilon=config.layer_norm_epsilon)
-        self.mlp = MLP(config, draws)
+        self.mlp = MLP(
+            config.n_embd, config.n_inner or 4 * config.n_embd, draws, std=config.initializer_range,
+            activation=config.activation_function, down_std=_residual_std(config),
+        )  # fmt: skip
 
     def __call__(self, x_BTD, shared, place, layer):
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), place, layer)
@@ -178,8 +163,4 @@ def keys(config: Config) -> dict[str, tuple[str, bool]]:
     for theirs, ours in dense.items():
         table[f"transformer.h.{{}}.{theirs}.weight"] = (f"blocks/{ours}/kernel", False)
         table[f"transformer.h.{{}}.{theirs}.bias"] = (f"blocks/{ours}/bias", False)
-    if config.head == "classification":
-        table["score.weight"] = ("score/kernel", True)
-    elif config.head == "causal" and not config.tie_word_embeddings:
-        table["lm_head.weight"] = ("head/kernel", True)
-    return table
+    return table | head_keys(config)

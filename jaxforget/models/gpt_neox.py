@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models import configs, rotary
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, last_token, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, self_attention
+from jaxforget.models.parts import MLP, add_head, apply_head, head_keys
 from jaxforget.models.rotary import Rope
 
 ARCHITECTURES = {
@@ -99,31 +99,15 @@ class Top(nnx.Module):
         D, std = config.hidden_size, config.initializer_range
         self.embed = Embedding(config.vocab_size, D, draws, std=std)
         self.final_norm = LayerNorm(D, epsilon=config.layer_norm_eps)
-        if config.head == "classification":
-            self.score = Linear(D, len(config.labels), draws, std=std, bias=False)
-        elif config.head == "causal" and not config.tie_word_embeddings:
-            self.head = Linear(D, config.vocab_size, draws, std=std, bias=False)
+        add_head(self, config, D, draws, std=std)
         self.config = config
 
     def start(self, tokens_BT, place: Place, length, dtype):
         """Return x_BTD and what all blocks share: the rotary tables."""
-        c = self.config
-        tables = rotary.tables(
-            c.rope,
-            width=c.heads[2],
-            max_positions=c.max_position_embeddings,
-            positions_BT=place.positions_BT,
-            length=length,
-        )
-        return self.embed(tokens_BT, dtype), tables
+        return self.embed(tokens_BT, dtype), rotary.tables(self.config, place.positions_BT, length)
 
     def finish(self, x_BTD, place: Place):
-        x_BTD = self.final_norm(x_BTD)
-        if self.config.head == "none":
-            return x_BTD
-        if self.config.head == "classification":
-            return self.score(last_token(x_BTD, place.lengths_B), jnp.float32)
-        return self.embed.attend(x_BTD) if self.config.tie_word_embeddings else self.head(x_BTD, jnp.float32)
+        return apply_head(self, self.config, self.final_norm(x_BTD), place)
 
 
 class Attention(nnx.Module):
@@ -141,23 +125,15 @@ class Attention(nnx.Module):
         return self.o(y_BTNH.reshape(B, T, D)), cache
 
 
-class MLP(nnx.Module):
-    def __init__(self, config: Config, draws: Draws):
-        D, F, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.up = Linear(D, F, draws, std=std, bias=True)
-        self.down = Linear(F, D, draws, std=std, bias=True)
-        self.activation = config.hidden_act
-
-    def __call__(self, x_BTD):
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
-
-
 class Block(nnx.Module):
     def __init__(self, config: Config, draws: Draws):
         self.attn_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps)
         self.attn = Attention(config, draws)
         self.mlp_norm = LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps)
-        self.mlp = MLP(config, draws)
+        self.mlp = MLP(
+            config.hidden_size, config.intermediate_size, draws, std=config.initializer_range,
+            activation=config.hidden_act,
+        )  # fmt: skip
         self.parallel = config.use_parallel_residual
 
     def __call__(self, x_BTD, shared, place, layer):
@@ -190,8 +166,4 @@ def keys(config: Config) -> dict[str, tuple[str, bool]]:
         table[f"gpt_neox.layers.{{}}.{theirs}.weight"] = (f"blocks/{ours}/kernel", True)
         if biased:
             table[f"gpt_neox.layers.{{}}.{theirs}.bias"] = (f"blocks/{ours}/bias", False)
-    if config.head == "classification":
-        table["score.weight"] = ("score/kernel", True)
-    elif config.head == "causal" and not config.tie_word_embeddings:
-        table["embed_out.weight"] = ("head/kernel", True)
-    return table
+    return table | head_keys(config, "embed_out.weight")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -58,7 +59,7 @@ def load(
     or of the wrong shape.
     """
     directory = resolve(name_or_dir)
-    raw = _read_json(directory / CONFIG)
+    raw = read_json(directory / CONFIG)
     try:
         configs.choose("quantization_config", raw.get("quantization_config"), [None])
         stored = config = family_of(raw.get("model_type")).Config.from_hf(raw)
@@ -128,7 +129,7 @@ def to_params(
     if stored is not None:
         backbone = family.keys(dataclasses.replace(model.config, head="none", labels=()))
         for name, (path, transposed) in table.items():
-            shape = _get(shapes, path).shape
+            shape = get_leaf(shapes, path).shape
             if name not in backbone and not (
                 wanted[path][0] in names and tensors[wanted[path][0]].shape == (shape[::-1] if transposed else shape)
             ):
@@ -146,7 +147,7 @@ def to_params(
     for path, transposed in table.values():
         if path in fresh:
             continue
-        shape = _get(shapes, path).shape
+        shape = get_leaf(shapes, path).shape
         stacked = path.split("/")[0] in model.config.stacks
         leaf = np.empty(shape, np.float32)
         for i, name in enumerate(wanted[path]):
@@ -159,12 +160,12 @@ def to_params(
                     f"the config expects {target.shape}"
                 )
             target[...] = tensor
-        _set(params, path, leaf)
+        set_leaf(params, path, leaf)
     if fresh:
         tell(f"{where}: the {model.config.head} head is new; drawn at random: {', '.join(fresh)}")
-        drawn = jax.jit(lambda key: {path: _get(model.init(key), path) for path in fresh})(jax.random.key(seed))
+        drawn = jax.jit(lambda key: {path: get_leaf(model.init(key), path) for path in fresh})(jax.random.key(seed))
         for path, leaf in drawn.items():
-            _set(params, path, np.asarray(leaf))
+            set_leaf(params, path, np.asarray(leaf))
     return params
 
 
@@ -213,7 +214,7 @@ def _weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
-        weight_map = _read_json(directory / INDEX).get("weight_map")
+        weight_map = read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{directory / INDEX} has no weight_map")
         files = sorted({directory / str(name) for name in weight_map.values()})
@@ -226,7 +227,7 @@ def _weight_files(directory: Path) -> list[Path]:
     raise UserError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -255,26 +256,36 @@ def save(
     another file beyond this size. extra_files: more files, name -> content. Raises UserError where
     `directory` exists and is not empty, or dtype is not float32, bfloat16 or float16.
     """
-    directory = Path(directory).expanduser()
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not an empty directory; choose another")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
+    with new_directory(directory) as temporary:
         _write_files(temporary, model, params, dtype, max_shard_bytes)
         for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
             if (Path(tokenizer_dir) / name).is_file():
                 shutil.copyfile(Path(tokenizer_dir) / name, temporary / name)
         for name, content in (extra_files or {}).items():
             (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return Path(directory).expanduser()
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | Path) -> Iterator[Path]:
+    """Give a directory to write into that appears under its name complete or not at all.
+
+    Raises UserError where `directory` exists and is not empty.
+    """
+    directory = Path(directory).expanduser()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not an empty directory; choose another")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
         os.replace(temporary, directory)  # also over an empty directory
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return directory
 
 
 def to_tensors(model: Model, params: Params) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
@@ -282,7 +293,7 @@ def to_tensors(model: Model, params: Params) -> dict[str, tuple[tuple[int, ...],
     table = family_of(model.config.model_type).keys(model.config)
     found = {}
     for name, (path, transposed) in table.items():
-        leaf = _get(params, path)
+        leaf = get_leaf(params, path)
         for i in range(model.config.stacks[path.split("/")[0]]) if "{}" in name else [None]:
             shape = leaf.shape if i is None else leaf.shape[1:]
             found[name.format(i)] = (shape[::-1] if transposed else shape, _reader(leaf, i, transposed))
@@ -338,13 +349,13 @@ def _today(name: str) -> str:
     return name
 
 
-def _get(tree, path: str):
+def get_leaf(tree, path: str):
     for part in path.split("/"):
         tree = tree[part]
     return tree
 
 
-def _set(tree, path: str, leaf) -> None:
+def set_leaf(tree, path: str, leaf) -> None:
     *parts, last = path.split("/")
     for part in parts:
         tree = tree.setdefault(part, {})

@@ -12,17 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxforget.models import configs
-from jaxforget.models.layers import (
-    ACTIVATIONS,
-    Draws,
-    Embedding,
-    LayerNorm,
-    Linear,
-    Place,
-    last_token,
-    layer_norm,
-    self_attention,
-)
+from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, layer_norm
+from jaxforget.models.parts import MLP, Attention, add_head, apply_head, head_keys
 
 ARCHITECTURES = {
     "opt": {"causal": "OPTForCausalLM", "classification": "OPTForSequenceClassification", "none": "OPTModel"}
@@ -116,10 +107,7 @@ class Top(nnx.Module):
             self.project_out = Linear(D, E, draws, std=std, bias=False)
         if config.final_norm:
             self.final_norm = _norm(config)
-        if config.head == "classification":
-            self.score = Linear(E, len(config.labels), draws, std=std, bias=False)
-        elif config.head == "causal" and not config.tie_word_embeddings:
-            self.head = Linear(E, config.vocab_size, draws, std=std, bias=False)
+        add_head(self, config, E, draws, std=std)
         self.config = config
 
     def start(self, tokens_BT, place: Place, length, dtype):
@@ -132,46 +120,16 @@ class Top(nnx.Module):
     def finish(self, x_BTD, place: Place):
         x_BTD = self.final_norm(x_BTD) if self.config.final_norm else x_BTD
         x_BTD = self.project_out(x_BTD) if self.config.projects else x_BTD
-        if self.config.head == "none":
-            return x_BTD
-        if self.config.head == "classification":
-            return self.score(last_token(x_BTD, place.lengths_B), jnp.float32)
-        return self.embed.attend(x_BTD) if self.config.tie_word_embeddings else self.head(x_BTD, jnp.float32)
-
-
-class Attention(nnx.Module):
-    def __init__(self, config: Config, draws: Draws):
-        D, std, bias = config.hidden_size, config.init_std, config.enable_bias
-        self.q = Linear(D, D, draws, std=std, bias=bias)
-        self.k = Linear(D, D, draws, std=std, bias=bias)
-        self.v = Linear(D, D, draws, std=std, bias=bias)
-        self.o = Linear(D, D, draws, std=std, bias=bias)
-        self.heads = config.num_attention_heads
-
-    def __call__(self, x_BTD, place, layer):
-        B, T, D = x_BTD.shape
-        q, k, v = (part(x_BTD).reshape(B, T, self.heads, -1) for part in (self.q, self.k, self.v))
-        y_BTNH, cache = self_attention(q, k, v, place, layer)
-        return self.o(y_BTNH.reshape(B, T, D)), cache
-
-
-class MLP(nnx.Module):
-    def __init__(self, config: Config, draws: Draws):
-        D, F, std, bias = config.hidden_size, config.ffn_dim, config.init_std, config.enable_bias
-        self.up = Linear(D, F, draws, std=std, bias=bias)
-        self.down = Linear(F, D, draws, std=std, bias=bias)
-        self.activation = config.activation_function
-
-    def __call__(self, x_BTD):
-        return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
+        return apply_head(self, self.config, x_BTD, place)
 
 
 class Block(nnx.Module):
     def __init__(self, config: Config, draws: Draws):
+        D, shared = config.hidden_size, {"std": config.init_std, "bias": config.enable_bias}
         self.attn_norm = _norm(config)
-        self.attn = Attention(config, draws)
+        self.attn = Attention(D, config.num_attention_heads, draws, **shared)
         self.mlp_norm = _norm(config)
-        self.mlp = MLP(config, draws)
+        self.mlp = MLP(D, config.ffn_dim, draws, activation=config.activation_function, **shared)
         self.before = config.do_layer_norm_before
 
     def __call__(self, x_BTD, shared, place, layer):
@@ -207,8 +165,4 @@ def keys(config: Config) -> dict[str, tuple[str, bool]]:
         table[f"model.decoder.layers.{{}}.{theirs}.weight"] = (f"blocks/{ours}/kernel", True)
         if config.enable_bias:
             table[f"model.decoder.layers.{{}}.{theirs}.bias"] = (f"blocks/{ours}/bias", False)
-    if config.head == "classification":
-        table["score.weight"] = ("score/kernel", True)
-    elif config.head == "causal" and not config.tie_word_embeddings:
-        table["lm_head.weight"] = ("head/kernel", True)
-    return table
+    return table | head_keys(config)

@@ -111,13 +111,14 @@ class Rope:
         return int(width * self.partial_rotary_factor)
 
 
-def tables(rope: Rope, *, width: int, max_positions: int, positions_BT, length):
-    """Return cos and sin, each (B, T, 1, R), for heads of this width.
+def tables(config, positions_BT, length):
+    """Return cos and sin, each (B, T, 1, R), for the heads of a config with `rope` and `max_position_embeddings`.
 
-    max_positions: the model's max_position_embeddings. length: tokens in the sequence, an int or (B, 1, 1);
-    only the dynamic type looks at it, so with that type a logit depends on how long its (padded) sequence is.
+    length: tokens in the sequence, an int or (B, 1, 1); only the dynamic type looks at it, so with that type a logit
+    depends on how long its (padded) sequence is.
     """
-    inverse_R, gain = _frequencies(rope, rope.rotated(width), max_positions, length)
+    rope = config.rope
+    inverse_R, gain = _frequencies(rope, rope.rotated(config.heads[2]), config.max_position_embeddings, length)
     inverse_R = jnp.asarray(inverse_R, jnp.float32)
     if inverse_R.ndim == 1:
         inverse_R = inverse_R[None, None]

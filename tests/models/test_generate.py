@@ -49,7 +49,7 @@ def test_cached_equals_uncached(name):
 
 def test_cached_logits_equal_logits_in_any_chunks():
     model, params = formula.model("mistral")
-    tokens_BT = jnp.asarray(formula.TOKENS_BT)
+    tokens_BT = jnp.asarray(formula.BATCH["tokens"])
     whole_BTV, cached = jax.jit(model.logits)(params, tokens_BT), jax.jit(model.cached)
     cache, parts = model.init_cache(2, 12), []
     for start, stop in ((0, 6), (6, 12)):
