@@ -1,13 +1,16 @@
-"""Strict JAX settings, a compile cache kept between test runs, and the toy model shared by the training tests."""
+"""Strict JAX settings, a compile cache kept between test runs, the toy model, and commands run in this process."""
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxforget import command
+from jaxforget.data import fictional
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.tokens import Examples
 
@@ -75,3 +78,23 @@ def make_examples(count: int, *, seed: int = 0, width: int = 8, vocab: int = 11,
     labels_NT[:, :-1] = np.where(place_T[None, 1:] < length_N[:, None], tokens_NT[:, 1:], -100)
     ids = tuple(f"{prefix}{i}" for i in range(count))
     return Examples(ids, {"tokens": tokens_NT, "labels": labels_NT, "length": length_N, "key": id_keys(ids)})
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The smoke corpus of train.unlearn as files."""
+    import running  # of tests/commands
+
+    return fictional.write(tmp_path_factory.mktemp("corpus"), fictional.generate(running.CORPUS))
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """Run a command in this process, which has its imports and programs already. Returns (out, what it said)."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)  # else it would be moved
+
+    def run(module, name, *flags):
+        command.main(module.run, module.PRESETS, [str(flag) for flag in (*flags, "--out", tmp_path / name)])
+        return SimpleNamespace(out=tmp_path / name, said=capsys.readouterr().err)
+
+    return run
