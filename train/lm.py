@@ -89,10 +89,10 @@ def smoke() -> Config:
 PRESETS = {"default": default, "smoke": smoke}
 
 
-FIELDS = (
-    "name", "set", "nll", "perplexity", "accuracy", "macro_f1", "majority", "steps", "seconds", "train_tokens",
-    "tokens_per_second",
-)  # fmt: skip
+def fields_of(task: str) -> tuple[str, ...]:
+    """Return the columns of the tables."""
+    quality = ("accuracy", "macro_f1", "majority") if task == "classification" else ("perplexity", "accuracy")
+    return "name", "set", "nll", *quality, "steps", "seconds", "train_tokens", "tokens_per_second"
 
 
 def run(config: Config) -> None:
@@ -138,9 +138,7 @@ def run(config: Config) -> None:
     if config.lora.rank:
         check_adapter(model, lora_of(config, model))
     parts = {"model": start.params(config.seed)}
-    jax.eval_shape(
-        moving.init, jax.random.key(0), parts
-    )  # a pattern that matches nothing is told before a file is made
+    jax.eval_shape(moving.init, jax.random.key(0), parts)  # tells a pattern that matches nothing
     out.begin()
 
     rows = [row("before", name, config.task, start, parts["model"], examples) for name, examples in sets.items()]
@@ -164,15 +162,16 @@ def run(config: Config) -> None:
     ]
     document = out.finish(rows)
     losses = [(line["step"], line["loss"]) for line in out.metrics()]
+    unit = "text" if config.task == "classification" else "token"
     curve = figure(lambda axes: (axes.plot(*zip(*losses, strict=True), lw=1),
-                                 axes.set(xlabel="step", ylabel="training loss (nats/token)")))  # fmt: skip
+                                 axes.set(xlabel="step", ylabel=f"training loss (nats/{unit})")))  # fmt: skip
     write_page(
-        out.directory / "report.html", "Language model training",
+        out.directory / "report.html", f"Training a {model.config.model_type} model: {config.task}",
         f"{len(kept):,} records, {record['train_tokens']:,} tokens, {document['device']}.",
-        [("Before and after", "Losses in nats a token, accuracy in percent.", table(rows, FIELDS)),
+        [("Before and after", f"Losses in nats a {unit}, accuracy in percent.", table(rows, fields_of(config.task))),
          ("Training loss", "Each point is one batch.", curve)], document["config"],
     )  # fmt: skip
-    command.print_table(rows, FIELDS, f"train.lm · {out.directory}")
+    command.print_table(rows, fields_of(config.task), f"train.lm · {out.directory}")
 
 
 def read_for(source: str, config: Config) -> list[Record]:

@@ -90,6 +90,7 @@ def train_stage(
 def training_flops(model, tokens: int, mean_length: float, *, forward_tokens: int = 0) -> float:
     """Estimate the FLOPs of a run: forward plus twice that for backward on `tokens`, forward alone on `forward_tokens`.
 
-    A forward pass costs what `model.flops_per_token` says at this length. Padding is not counted.
+    A forward pass costs what `model.flops_per_token` says at this length. Padding is not counted. Where most kernels
+    are frozen this is too much by up to a third: their own gradients are not computed.
     """
     return model.flops_per_token(round(mean_length)) * (3.0 * tokens + forward_tokens)
