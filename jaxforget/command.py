@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxforget.errors import NonFiniteLoss, UserError
+from jaxforget.errors import RunError, UserError
 from jaxforget.report.page import cell
 
 
@@ -35,8 +36,12 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
         run(config)
     except UserError as error:
         _fail(error, 2)
-    except NonFiniteLoss as error:
+    except RunError as error:
         _fail(error, 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); make room and use --resume", 1)
     except KeyboardInterrupt:
         _fail("interrupted; run again with --resume", 130)
 

@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
-class NonFiniteLoss(Exception):
-    """The loss became infinite or NaN, and the run stopped there: exit code 1."""
+class RunError(Exception):
+    """A run that cannot go on though its input is fine: a full disk, a damaged checkpoint. Exit code 1."""
+
+
+class NonFiniteLoss(RunError):
+    """The loss became infinite or NaN, and the run stopped there."""

@@ -27,13 +27,12 @@ from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
-from jaxforget.training.lora import LoraConfig, lora
-from jaxforget.training.objectives import classification, masked_token, next_token
+from jaxforget.training.lora import LoraConfig, moving_parts, with_head
+from jaxforget.training.objectives import objective_for
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import train_stage
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
 from jaxforget.training.step import make_step
-from jaxforget.training.trainable import everything, subset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,7 @@ def run(config: Config) -> None:
     for source in config.evaluate:
         name = Path(source).name
         sets[source if name in sets else name] = tokens(read_for(source, config), source)
-    moving = trainable_of(config, model)
+    moving = moving_parts(config.trainable, lora_of(config, model))
     if config.lora.rank:
         check_adapter(model, lora_of(config, model))
     parts = {"model": start.params(config.seed)}
@@ -145,7 +144,8 @@ def run(config: Config) -> None:
     weighting = config.weighting if config.task != "classification" else "sequence"
     batches = Batches((Stream(sets["train"], config.train.batch_size),), config.train.epochs, config.seed, weighting)
     gradient = mean_gradient(config.train.microbatch_of(config.train.batch_size))
-    step = make_step(objective_of(config.task, start), moving, gradient, adamw(config.train))
+    objective = objective_for(config.task, model, start.tokenizer.mask_token_id)
+    step = make_step(objective, moving, gradient, adamw(config.train))
     with command.progress("training") as show:
         params, record = train_stage(
             out.directory / "model", model, step, parts, batches,
@@ -182,33 +182,11 @@ def read_for(source: str, config: Config) -> list[Record]:
     return read(source, text)
 
 
-def objective_of(task: str, start: Start):
-    """Return what is minimised."""
-    if task == "classification":
-        return classification(start.model)
-    if task == "masked":
-        return masked_token(start.model, start.tokenizer.mask_token_id)
-    return next_token(start.model)
-
-
-def trainable_of(config: Config, model):
-    """Return what moves: everything, a subset, or low-rank differences."""
-    patterns = tuple(f"model/{pattern}" for pattern in config.trainable)
-    if not config.lora.rank:
-        return subset(*patterns) if patterns else everything()
-    if patterns:
-        raise UserError("--trainable and --lora.rank exclude each other; --lora.also names what is trained in full")
-    return lora(lora_of(config, model))
-
-
 def lora_of(config: Config, model) -> LoraConfig:
-    """Return the adapter's settings. A classification head is trained in full unless --lora.also says otherwise."""
-    if not config.model:
+    """Return the adapter's settings."""
+    if config.lora.rank and not config.model:
         raise UserError("--lora.rank needs --model; without one there is no base for the adapter")
-    if config.lora.also or config.task != "classification":
-        return config.lora
-    head = tuple(name for name in ("pool", "score") if name in model.shapes())
-    return dataclasses.replace(config.lora, also=head)
+    return with_head(config.lora, model)
 
 
 def save_lora(directory: Path, config: Config, model, params) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Build settings of a type from the JSON values that `plain` made of them."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
 
 
 def device_name() -> str:

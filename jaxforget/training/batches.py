@@ -114,6 +114,10 @@ class Batches:
         turn_R, place_R = np.divmod(visit_R, len(stream.examples))
         return np.array([self._order(index, int(t))[p] for t, p in zip(turn_R, place_R, strict=True)]), turn_R
 
+    def count(self, start: int, stop: int) -> int:
+        """Say how many of the steps start..stop-1 are to be run: all of them. Members may have fewer."""
+        return stop - start
+
     def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]:
         """Stack steps start..stop-1; steps beyond, up to `size`, repeat the last one and are not to be run."""
         steps = [self._batch(step) for step in range(start, stop)]

@@ -2,12 +2,55 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+
+from jaxforget.errors import RunError
 
 PyTree = Any
+
+
+def digest(tree: PyTree) -> str:
+    """Return the SHA-256 of a pytree of arrays: paths, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        total.update(array.data)
+    return total.hexdigest()
+
+
+def save_tree(directory: Path, tree: PyTree) -> None:
+    """Write one pytree of arrays as a checkpoint of its own. Raises RunError with the reason, such as a full disk."""
+    from orbax.checkpoint import v1 as ocp
+
+    try:
+        ocp.save(Path(directory).absolute(), jax.tree.map(jax.numpy.asarray, tree), overwrite=True)
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise RunError(f"{directory} cannot be written ({_reason(error)})") from error
+
+
+def load_tree(directory: Path, like: PyTree) -> PyTree:
+    """Load what `save_tree` wrote, with the shapes of `like`. Raises RunError for a damaged checkpoint."""
+    from orbax.checkpoint import v1 as ocp
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    try:
+        return ocp.load(Path(directory).absolute(), shapes)
+    except Exception as error:
+        raise RunError(f"{directory} cannot be read ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    found = re.search(r"No space left on device|File too large|Permission denied|Disk quota exceeded", text)
+    return found[0] if found else (text.split("\n")[0][:200].rstrip(". ") or type(error).__name__)
 
 
 class Checkpoints:

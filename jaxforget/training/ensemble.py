@@ -1,15 +1,33 @@
-"""Members: one step over a leading K axis. Shards, seeds, leave-one-out runs and learning rates are all members."""
+"""Members: one step over a leading K axis. Shards, seeds, leave-one-out runs and learning rates are all members.
+
+Shapes: K members, S steps of a chunk.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from jaxforget.training.step import Step
+from jaxforget.training.batches import Batches
+from jaxforget.training.step import PyTree, Step
 
 Members = Literal["auto", "map", "vmap"]
+
+
+def stack(trees: Sequence[PyTree]) -> PyTree:
+    """Join K pytrees of one structure: every leaf gains a leading K."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def member(tree_K: PyTree, k: int) -> PyTree:
+    """Take one member out."""
+    return jax.tree.map(lambda leaf: leaf[k], tree_K)
 
 
 @functools.cache
@@ -17,18 +35,69 @@ def members(step: Step, how: Members = "auto") -> Step:
     """Lift a step to K members: every leaf of state, batch and metrics gains a leading K; `frozen` is shared.
 
     map runs members one after the other inside one program and rounds exactly as separate runs do. vmap batches
-    them, which fills an accelerator but may round differently. auto is map on a CPU and vmap elsewhere.
+    them, which fills an accelerator but may round differently. auto is map on a CPU and vmap elsewhere. `run` takes a
+    count for every member; one with a count of 0 keeps its state, and under map costs nothing.
     """
     how = ("map" if jax.default_backend() == "cpu" else "vmap") if how == "auto" else how
 
     def init(key_K, parts):
         """Start K members from the same parts; only their keys differ."""
         states, frozen = zip(*(step.init(key, parts) for key in key_K), strict=True)
-        return jax.tree.map(lambda *x: jax.numpy.stack(x), *states), frozen[0]
+        return stack(states), frozen[0]
 
     def update(state_K, frozen, batch_K):
         if how == "vmap":
             return jax.vmap(step.update, in_axes=(0, None, 0))(state_K, frozen, batch_K)
         return jax.lax.map(lambda one: step.update(one[0], frozen, one[1]), (state_K, batch_K))
 
-    return Step(init, update, jax.vmap(step.combine, in_axes=(None, 0)))
+    def run(state_K, frozen, batches_KS, count_K):
+        if how == "vmap":
+            return jax.vmap(step.run, in_axes=(0, None, 0, 0))(state_K, frozen, batches_KS, count_K)
+        # A member's whole chunk before the next member: its parameters stay in the cache.
+        return jax.lax.map(lambda one: step.run(one[0], frozen, *one[1:]), (state_K, batches_KS, count_K))
+
+    return Step(init, update, run, jax.vmap(step.combine, in_axes=(None, 0)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MemberBatches:
+    """The batches of K members side by side. None stands for a member that does not train; its rows are zeros.
+
+    Members may have different numbers of steps. A member's batches are those it would have alone.
+    """
+
+    members: tuple[Batches | None, ...]
+
+    @property
+    def active(self) -> list[Batches]:
+        """Give the members that train."""
+        return [batches for batches in self.members if batches is not None]
+
+    @property
+    def steps(self) -> int:
+        """Give the steps of the longest member."""
+        return max(batches.steps for batches in self.active)
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens of the whole run, of all members."""
+        return sum(batches.tokens for batches in self.active)
+
+    def tokens_until(self, steps: int) -> int:
+        """Real tokens that the first `steps` batches of every member hold."""
+        return sum(batches.tokens_until(min(steps, batches.steps)) for batches in self.active)
+
+    def count(self, start: int, stop: int) -> np.ndarray:
+        """Say how many of the steps start..stop-1 each member has, int32 (K,)."""
+        have_K = [0 if batches is None else batches.steps for batches in self.members]
+        return np.clip(np.asarray(have_K, np.int32) - start, 0, stop - start).astype(np.int32)
+
+    def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]:
+        """Stack the members' batches of those steps, (K, size, ...)."""
+        parts = [
+            batches.take(start, min(stop, batches.steps), size) if batches and batches.steps > start else None
+            for batches in self.members
+        ]
+        like = next(part for part in parts if part is not None)
+        blank = {name: np.zeros_like(column) for name, column in like.items()}
+        return {name: np.stack([(part or blank)[name] for part in parts]) for name in like}

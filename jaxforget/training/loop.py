@@ -18,6 +18,7 @@ import numpy as np
 from jaxforget.errors import NonFiniteLoss
 from jaxforget.training.batches import Batches
 from jaxforget.training.checkpoints import Checkpoints
+from jaxforget.training.ensemble import MemberBatches
 from jaxforget.training.step import Parts, State, Step, make_run
 
 Log = Callable[[int, dict[str, float]], None]
@@ -53,7 +54,7 @@ def fit(
     step: Step,
     state: State,
     frozen: Parts,
-    batches: Batches,
+    batches: Batches | MemberBatches,
     *,
     chunk: int = 16,
     evaluate_every: int = 0,
@@ -66,10 +67,11 @@ def fit(
 ) -> Outcome:
     """Train over all batches, resuming from the newest checkpoint when there is one.
 
-    chunk: steps in one device program. evaluate(step, parts) is called at step 0 of a fresh run, then every
-    `evaluate_every` steps (0: never) and at the end; returning True stops the run there. checkpoint_every: steps
-    between checkpoints (0: at the end alone). log gets the metrics of every step in order. A resumed run repeats the
-    steps after its checkpoint, so `resumed` tells the log's owner which lines to drop.
+    A step and batches lifted to members train side by side. chunk: steps in one device program. evaluate(step, parts)
+    is called at step 0 of a fresh run, then every `evaluate_every` steps (0: never) and at the end; returning True
+    stops the run there. checkpoint_every: steps between checkpoints (0: at the end alone). log gets the metrics of
+    every step in order. A resumed run repeats the steps after its checkpoint, so `resumed` tells the log's owner which
+    lines to drop.
 
     Raises NonFiniteLoss naming the step. Numbers do not depend on where a run was interrupted: every chunk runs in
     one compiled program, and chunk boundaries do not enter the arithmetic.
@@ -79,14 +81,14 @@ def fit(
     if checkpoints is not None and (saved := checkpoints.restore(state)) is not None:
         state, notes = saved
         seconds, stopped = notes["seconds"], notes["stopped_at"]
-    done = int(state.step.reshape(-1)[0])  # members step together
+    done = int(jax.numpy.max(state.step))  # of members, the one with most steps
     fresh = done == 0
     resumed(done)
     stops = sorted({every for every in (evaluate_every, checkpoint_every) if every})
-    pending: tuple[int, int, dict] | None = None
+    pending: tuple[int, int, Any, dict] | None = None
     began = time.perf_counter()
     # No steps, but the program is compiled: `seconds` then counts work, whichever run happened to need a program first.
-    state, _ = run(state, frozen, batches.take(0, 1, chunk), 0)
+    state, _ = run(state, frozen, batches.take(0, 1, chunk), batches.count(0, 0))
     jax.block_until_ready(state)
     started = time.perf_counter()
     compiling = started - began
@@ -99,12 +101,12 @@ def fit(
         nonlocal pending
         if pending is None:
             return
-        first, count, metrics_S = pending
+        first, count, ran, metrics_S = pending
         pending = None
         metrics_S = jax.tree.map(np.asarray, metrics_S)
         for i in range(count):
-            metrics = {name: values[i].tolist() for name, values in metrics_S.items()}
-            if not all(math.isfinite(x) for x in np.ravel(metrics["loss"])):
+            metrics = {name: _at(i, values_S, ran) for name, values_S in metrics_S.items()}
+            if not all(math.isfinite(x) for x in np.ravel(metrics["loss"]) if x is not None):
                 raise NonFiniteLoss(f"the loss is {metrics['loss']} at step {first + i + 1}; lower the learning rate")
             log(first + i + 1, metrics)
         show(Progress(first + count, batches.steps, elapsed(), batches.tokens_until(first + count)))
@@ -121,9 +123,10 @@ def fit(
         stopped = 0
     while done < batches.steps and stopped is None:
         count = min([chunk, batches.steps - done] + [every - done % every for every in stops])
-        state, metrics_S = run(state, frozen, batches.take(done, done + count, chunk), count)
+        ran = batches.count(done, done + count)
+        state, metrics_S = run(state, frozen, batches.take(done, done + count, chunk), ran)
         settle()
-        pending = (done, count, metrics_S)
+        pending = (done, count, ran, metrics_S)
         done += count
         last = done == batches.steps
         if evaluate_every and (last or done % evaluate_every == 0) and wants_stop():
@@ -135,3 +138,9 @@ def fit(
     settle()
     jax.block_until_ready(state)
     return Outcome(state, done, elapsed(), compiling, batches.tokens_until(done), stopped)
+
+
+def _at(i: int, values_S: np.ndarray, ran) -> Any:
+    """Take step i of a metric: a number, or a list over members with None for those that had no such step."""
+    values = values_S[..., i].tolist()
+    return [x if i < n else None for x, n in zip(values, ran, strict=True)] if isinstance(values, list) else values

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jaxforget.errors import UserError
 from jaxforget.models.layers import LowRank
 from jaxforget.training.step import Parts, PyTree, Trainable
-from jaxforget.training.trainable import path_str
+from jaxforget.training.trainable import everything, path_str, subset
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,22 @@ def lora(config: LoraConfig) -> Trainable:
         return {**frozen, "model": jax.tree.map(join, *trees, is_leaf=lambda x: x is None)}
 
     return Trainable(init, combine)
+
+
+def with_head(config: LoraConfig, model) -> LoraConfig:
+    """Train a classification head in full besides, unless `config.also` says otherwise."""
+    if not config.rank or config.also or model.config.head != "classification":
+        return config
+    return dataclasses.replace(config, also=tuple(name for name in ("pool", "score") if name in model.shapes()))
+
+
+def moving_parts(patterns: Sequence[str], config: LoraConfig) -> Trainable:
+    """Return what moves: adapters where the rank is not 0, else what matches a pattern, else everything."""
+    if config.rank and patterns:
+        raise UserError("--trainable and --lora.rank exclude each other; --lora.also names what is trained in full")
+    if config.rank:
+        return lora(config)
+    return subset(*(f"model/{pattern}" for pattern in patterns)) if patterns else everything()
 
 
 def _check(config: LoraConfig, model: PyTree) -> None:

@@ -113,3 +113,10 @@ def kl_divergence(reference_BTV: jax.Array, logits_BTV: jax.Array) -> jax.Array:
     log_p = jax.nn.log_softmax(jax.lax.stop_gradient(reference_BTV).astype(jnp.float32))
     log_q = jax.nn.log_softmax(logits_BTV.astype(jnp.float32))
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def objective_for(task: str, model, mask_id: int | None = None):
+    """Return the training objective of a task: causal, seq2seq, classification or masked."""
+    if task == "masked":
+        return masked_token(model, mask_id)
+    return {"causal": next_token, "seq2seq": next_token, "classification": classification}[task](model)

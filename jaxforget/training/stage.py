@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from jaxforget.training.batches import Batches
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.loop import Outcome, fit
 from jaxforget.training.optimizer import set_schedule
+from jaxforget.training.start import tokenizer_files
 from jaxforget.training.step import Parts, Step
 
 RECORD = "training.json"
@@ -75,9 +75,7 @@ def train_stage(
         model, outcome.tokens, batches.mean_length, forward_tokens=record.pop("forward_tokens", 0)
     )
 
-    with tempfile.TemporaryDirectory() as scratch:
-        save_tokenizer(Path(scratch))
-        files = {file.name: file.read_bytes() for file in Path(scratch).iterdir()}
+    files = tokenizer_files(save_tokenizer)
     for stale in directory.parent.glob(f".{directory.name}.*"):  # what a kill during an earlier save left
         shutil.rmtree(stale, ignore_errors=True)
     save_adapter(joined)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -112,6 +113,13 @@ def start_from(
         return jax.tree.map(np.asarray, model.init(jax.random.fold_in(jax.random.key(seed), 1)))
 
     return Start(model, draw, tokenizer, tokenizer.save_pretrained)
+
+
+def tokenizer_files(save_tokenizer: Callable[[Path], Any]) -> dict[str, bytes]:
+    """Return the files of a tokenizer, to be saved with a model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save_tokenizer(Path(scratch))
+        return {file.name: file.read_bytes() for file in sorted(Path(scratch).iterdir())}
 
 
 def require_causal(model: Model, name: Any) -> None:

@@ -45,10 +45,16 @@ class Trainable(NamedTuple):
 
 
 class Step(NamedTuple):
-    """`init(key, parts, **schedule) -> (state, frozen)` and `update(state, frozen, batch) -> (state, metrics)`."""
+    """What training is made of; all pure.
 
-    init: Callable[..., tuple[State, Parts]]
+    run does the first `count` of S stacked batches and returns metrics with a trailing S. `count` is traced, so a short
+    last chunk runs in the same program and rounds the same way: a resumed run is bit-equal to an undisturbed one
+    wherever it was cut, and members with different amounts of data share one program.
+    """
+
+    init: Callable[[jax.Array, Parts], tuple[State, Parts]]  # key, parts -> state, frozen
     update: Callable[[State, Parts, Batch], tuple[State, dict[str, jax.Array]]]
+    run: Callable[[State, Parts, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]
     combine: Callable[[Parts, PyTree], Parts]
 
 
@@ -76,31 +82,25 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
         metrics = {**report, "grad_norm": optax.tree.norm(grads)}
         return State(state.step + 1, moved, opt_state, state.key), metrics
 
-    return Step(init, update, trainable.combine)
-
-
-@functools.cache
-def make_run(step: Step):
-    """Compile `run(state, frozen, batches_S, count) -> (state, metrics_S)`: the first `count` of S batches.
-
-    The state is donated. `count` is traced, so a short last chunk runs in the same program and rounds the same way;
-    that makes a resumed run bit-equal to an undisturbed one wherever it was cut.
-    """
-
-    @functools.partial(jax.jit, donate_argnums=0)
     def run(state: State, frozen: Parts, batches_S: Batch, count: jax.Array):
         def batch(i):
             return jax.tree.map(lambda x: x[i], batches_S)
 
         size = jax.tree.leaves(batches_S)[0].shape[0]
-        shapes = jax.eval_shape(step.update, state, frozen, jax.eval_shape(batch, 0))[1]
+        shapes = jax.eval_shape(update, state, frozen, jax.eval_shape(batch, 0))[1]
         metrics_S = jax.tree.map(lambda m: jnp.zeros((size, *m.shape), m.dtype), shapes)
 
         def body(i, carry):
             state, metrics_S = carry
-            state, metrics = step.update(state, frozen, batch(i))
+            state, metrics = update(state, frozen, batch(i))
             return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics_S, metrics)
 
         return jax.lax.fori_loop(0, count, body, (state, metrics_S))
 
-    return run
+    return Step(init, update, run, trainable.combine)
+
+
+@functools.cache
+def make_run(step: Step):
+    """Compile `step.run`. The state is donated."""
+    return jax.jit(step.run, donate_argnums=0)

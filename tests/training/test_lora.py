@@ -166,9 +166,9 @@ def test_members_equal_separate_runs(how):
         make_run(step)(jax.tree.map(lambda x, k=k: x[k], state_K), frozen, stream.take(0, 2, 2), 2)[0]
         for k, stream in enumerate(streams)
     ]
-    batch_SK = {n: np.stack([s.take(0, 2, 2)[n] for s in streams], axis=1) for n in streams[0].take(0, 1, 1)}
+    batch_KS = {n: np.stack([s.take(0, 2, 2)[n] for s in streams]) for n in streams[0].take(0, 1, 1)}
     together = members(step, how)
-    after, _ = make_run(together)(state_K, frozen, batch_SK, 2)
+    after, _ = make_run(together)(state_K, frozen, batch_KS, np.full(2, 2))
     expected = jax.tree.map(lambda *x: jnp.stack(x), *[state.trainable for state in alone])
     if how == "map":
         chex.assert_trees_all_equal(after.trainable, expected)

@@ -215,10 +215,10 @@ def test_members_equal_separate_runs(how):
         set_schedule(jax.tree.map(lambda x, k=k: x[k], state_K), learning_rate=r, total=6) for k, r in enumerate(rates)
     ]
     state_K = jax.tree.map(lambda *x: jnp.stack(x), *states)
-    batch_SK = {n: np.stack([b.take(0, 6, 6)[n] for b in streams], axis=1) for n in streams[0].take(0, 1, 1)}
-    state_K, metrics = make_run(together)(state_K, frozen, batch_SK, 6)
+    batch_KS = {n: np.stack([b.take(0, 6, 6)[n] for b in streams]) for n in streams[0].take(0, 1, 1)}
+    state_K, metrics = make_run(together)(state_K, frozen, batch_KS, np.full(3, 6))
     expected = jax.tree.map(lambda *x: jnp.stack(x), *alone)
-    assert metrics["loss"].shape == (6, 3)
+    assert metrics["loss"].shape == (3, 6)
     if how == "map":
         chex.assert_trees_all_equal(state_K.trainable, expected)
     else:  # vmap rounds differently; Adam turns a last-bit difference into about 1e-5 after a few steps

@@ -1,0 +1,245 @@
+"""The ledger of an ensemble: its records, where each lies, the requests to delete some, and the finished stages.
+
+One SQLite file. Every change is a transaction, so a kill leaves the state before or after it. Deleted rows are
+overwritten with zeros (secure_delete), and no write-ahead log keeps old pages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+import unicodedata
+from collections.abc import Iterable, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxforget.data.sources import Record, content_id
+from jaxforget.errors import RunError, UserError
+
+NAME = "ledger.sqlite"
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE records (
+    id TEXT PRIMARY KEY, shard INTEGER NOT NULL, slice INTEGER NOT NULL, rows INTEGER NOT NULL,
+    prompt TEXT, text TEXT NOT NULL, label TEXT, content TEXT NOT NULL, normal TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX records_place ON records (shard, slice);
+CREATE INDEX records_normal ON records (normal);
+CREATE TABLE requests (
+    request INTEGER PRIMARY KEY AUTOINCREMENT, state TEXT NOT NULL, received TEXT NOT NULL, receipt TEXT
+);
+CREATE TABLE request_ids (request INTEGER NOT NULL, id TEXT NOT NULL, PRIMARY KEY (request, id)) WITHOUT ROWID;
+CREATE TABLE deleted (id_sha256 TEXT PRIMARY KEY, request INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE stages (
+    key TEXT PRIMARY KEY, shard INTEGER NOT NULL, stage INTEGER NOT NULL, digest TEXT NOT NULL,
+    steps INTEGER NOT NULL, visits INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+RECEIVED, PLANNED, RETRAINED, COMMITTED = "received", "planned", "retrained", "committed"
+
+
+class Row(NamedTuple):
+    """A record and its place. rows: examples it becomes; 0 when it was too short to train on."""
+
+    record: Record
+    shard: int
+    slice: int
+    rows: int
+
+
+class Twin(NamedTuple):
+    """A record that says what a deleted one said."""
+
+    id: str
+    shard: int
+    exact: bool  # else equal after normalisation
+
+
+def id_hash(identity: str) -> str:
+    """SHA-256 of an id: what the ledger keeps of a deleted record."""
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def normalised(record: Record) -> str:
+    """Digest what a record says, whatever its case, spacing, punctuation and Unicode form."""
+    joined = unicodedata.normalize("NFKC", f"{record.prompt or ''} {record.text}").casefold()
+    letters = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in joined)
+    # A text of signs alone would equal every other one.
+    return content_id(None, " ".join(letters.split()) or joined.strip())
+
+
+def now() -> str:
+    """Return the time as text, UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+class Ledger:
+    """An open ledger; a context manager. A class, to close the file."""
+
+    def __init__(self, directory: Path):
+        self.path = Path(directory) / NAME
+        if not self.path.is_file():
+            raise UserError(f"{directory} is not an ensemble: it has no {NAME}; make one with python -m train.sisa")
+        # Autocommit: transactions are written out below. The timeout covers another process's short transaction.
+        self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        try:
+            self._db.execute("PRAGMA secure_delete = ON")
+            self._db.execute("SELECT count(*) FROM requests").fetchone()
+        except sqlite3.DatabaseError as error:
+            raise RunError(f"{self.path} cannot be read ({error})") from None
+
+    @staticmethod
+    def create(directory: Path, meta: dict[str, str], rows: Iterable[Row]) -> None:
+        """Write a new ledger; it appears complete or not at all."""
+        temporary = Path(directory) / f".{NAME}"
+        temporary.unlink(missing_ok=True)
+        with closing(sqlite3.connect(temporary)) as db, db:
+            db.executescript(SCHEMA)
+            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+            db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", map(_values, rows))
+        os.replace(temporary, Path(directory) / NAME)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _change(self):
+        """One transaction that keeps other writers out from its beginning."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise RunError(f"{self.path} cannot be written ({error}); what it holds is unchanged") from None
+
+    def meta(self, name: str) -> str:
+        """Return a setting stored at creation."""
+        return self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0]
+
+    # records
+
+    def ids(self, shards: int, slices: int, without: Iterable[str] = ()) -> list[list[list[str]]]:
+        """Return the surviving ids by shard and slice, less those in `without`."""
+        gone = set(without)
+        result: list[list[list[str]]] = [[[] for _ in range(slices)] for _ in range(shards)]
+        for identity, shard, cut in self._db.execute("SELECT id, shard, slice FROM records ORDER BY id"):
+            if identity not in gone:
+                result[shard][cut].append(identity)
+        return result
+
+    def records(self, shard: int, cut: int, without: Iterable[str] = ()) -> list[Row]:
+        """Return the surviving records of a slice in the order of their ids."""
+        found = self._db.execute(
+            "SELECT id, prompt, text, label, rows FROM records WHERE shard = ? AND slice = ? ORDER BY id", (shard, cut)
+        )
+        gone = set(without)
+        return [
+            Row(Record(identity, text, prompt, {} if label is None else {"label": label}), shard, cut, rows)
+            for identity, prompt, text, label, rows in found
+            if identity not in gone
+        ]
+
+    def sizes(self, shards: int, without: Iterable[str] = ()) -> list[int]:
+        """Return how many surviving records of each shard it can train on."""
+        gone = set(without)
+        counts = [0] * shards
+        for identity, shard in self._db.execute("SELECT id, shard FROM records WHERE rows > 0"):
+            counts[shard] += identity not in gone
+        return counts
+
+    def where(self, identity: str) -> tuple[int, int] | None:
+        """Return the shard and slice of a surviving record, or None."""
+        return self._db.execute("SELECT shard, slice FROM records WHERE id = ?", (identity,)).fetchone()
+
+    def deleted_by(self, identity: str) -> int | None:
+        """Return the request that deleted an id, or None."""
+        found = self._db.execute("SELECT request FROM deleted WHERE id_sha256 = ?", (id_hash(identity),)).fetchone()
+        return found and found[0]
+
+    def twins(self, ids: Sequence[str]) -> list[Twin]:
+        """Find surviving records that say what these say, exactly or after normalisation, and are not among them."""
+        asked, found = set(ids), {}
+        for identity in asked:
+            row = self._db.execute("SELECT content, normal FROM records WHERE id = ?", (identity,)).fetchone()
+            for other, shard, content in self._db.execute(
+                "SELECT id, shard, content FROM records WHERE normal = ?", (row[1],)
+            ):
+                if other not in asked:
+                    exact = content == row[0] or (other in found and found[other].exact)
+                    found[other] = Twin(other, shard, exact)
+        return [found[name] for name in sorted(found)]
+
+    # requests
+
+    def receive(self, ids: Sequence[str]) -> int:
+        """Accept a request: from here on it is never lost. Returns its number."""
+        with self._change() as db:
+            number = db.execute("INSERT INTO requests (state, received) VALUES (?, ?)", (RECEIVED, now())).lastrowid
+            db.executemany("INSERT INTO request_ids VALUES (?, ?)", ((number, identity) for identity in ids))
+        return number
+
+    def requests(self, *states: str) -> list[dict[str, Any]]:
+        """Return request, state, received, ids (empty once deleted) and receipt of requests in these states, or all."""
+        result = []
+        for number, state, received, receipt in self._db.execute("SELECT * FROM requests ORDER BY request"):
+            if not states or state in states:
+                ids = [row[0] for row in self._db.execute("SELECT id FROM request_ids WHERE request = ?", (number,))]
+                receipt = json.loads(receipt) if receipt else {}
+                result.append({"request": number, "state": state, "received": received, "ids": ids, "receipt": receipt})
+        return result
+
+    def advance(self, numbers: Sequence[int], state: str, receipts: Sequence[dict], *, forget: bool = False) -> None:
+        """Move requests to a state with their receipts. forget: their records and plain ids go in the same act."""
+        with self._change() as db:
+            for number, receipt in zip(numbers, receipts, strict=True):
+                db.execute(
+                    "UPDATE requests SET state = ?, receipt = ? WHERE request = ?", (state, json.dumps(receipt), number)
+                )
+                if forget:
+                    ids = [row[0] for row in db.execute("SELECT id FROM request_ids WHERE request = ?", (number,))]
+                    db.executemany(
+                        "INSERT OR IGNORE INTO deleted VALUES (?, ?)", ((id_hash(one), number) for one in ids)
+                    )
+                    db.executemany("DELETE FROM records WHERE id = ?", ((one,) for one in ids))
+                    db.execute("DELETE FROM request_ids WHERE request = ?", (number,))
+
+    # stages
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Return key -> shard, stage, digest, steps, visits of every finished stage."""
+        found = self._db.execute("SELECT key, shard, stage, digest, steps, visits FROM stages")
+        names = ("shard", "stage", "digest", "steps", "visits")
+        return {key: dict(zip(names, rest, strict=True)) for key, *rest in found}
+
+    def add_stage(self, key: str, **stage: Any) -> None:
+        """Record a stage whose checkpoint is complete."""
+        with self._change() as db:
+            names = ("shard", "stage", "digest", "steps", "visits")
+            db.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?, ?, ?)", (key, *(stage[n] for n in names)))
+
+    def drop_stages(self, keys: Iterable[str]) -> None:
+        """Forget stages whose checkpoints are gone or damaged."""
+        with self._change() as db:
+            db.executemany("DELETE FROM stages WHERE key = ?", ((key,) for key in keys))
+
+
+def _values(row: Row) -> tuple:
+    record = row.record
+    label = record.fields.get("label")
+    content = content_id(record.prompt, record.text)
+    return (
+        record.id, row.shard, row.slice, row.rows, record.prompt, record.text,
+        None if label is None else str(label), content, normalised(record),
+    )  # fmt: skip
