@@ -63,6 +63,6 @@ def aggregate(name: str, logp_KxC: jax.Array, weight_K: Sequence[float] | np.nda
         raise ValueError(f"weight_K is {weight_K.tolist()}; give numbers >= 0, at least one above 0")
     counted = np.flatnonzero(weight_K)
     weights = jnp.asarray(weight_K[counted], jnp.float32).reshape(-1, *[1] * (logp_KxC.ndim - 1))
-    terms = rule.each(jnp.asarray(logp_KxC)[counted])
+    terms = rule.each(jnp.asarray(logp_KxC)[counted].astype(jnp.float32))
     # Divided after the sum: whole votes add up exactly, so that equal shares of the votes are equal numbers.
     return rule.finish(jnp.sum(weights * terms, axis=0) / jnp.sum(weights))

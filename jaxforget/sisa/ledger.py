@@ -17,6 +17,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxforget.data.sources import Record, content_id
 from jaxforget.errors import RunError, UserError
 
@@ -151,13 +153,14 @@ class Ledger:
             if identity not in gone
         ]
 
-    def sizes(self, shards: int, without: Iterable[str] = ()) -> list[int]:
-        """Return how many surviving records of each shard it can train on."""
+    def counts(self, shards: int, slices: int, without: Iterable[str] = ()) -> np.ndarray:
+        """Return how many examples the surviving records of each slice become, int64 (shards, slices)."""
         gone = set(without)
-        counts = [0] * shards
-        for identity, shard in self._db.execute("SELECT id, shard FROM records WHERE rows > 0"):
-            counts[shard] += identity not in gone
-        return counts
+        count_SR = np.zeros((shards, slices), np.int64)
+        for identity, shard, cut, rows in self._db.execute("SELECT id, shard, slice, rows FROM records"):
+            if identity not in gone:
+                count_SR[shard, cut] += rows
+        return count_SR
 
     def where(self, identity: str) -> tuple[int, int] | None:
         """Return the shard and slice of a surviving record, or None."""

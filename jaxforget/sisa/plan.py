@@ -52,7 +52,8 @@ def by_deletion_probability(
     probability_N: of a request to delete each record, in [0, 1]. In ascending order, each shard is filled until its
     expected number of requests reaches its share of what is left, so shard 0 is the largest and the least disturbed.
     Every shard has at least `slices` records. Sizes of slices within a shard differ by at most 1.
-    Raises UserError naming the record whose probability is wrong. Source: SISA, arXiv 1912.03817.
+    Raises UserError naming the record whose probability is wrong. The idea is that of SISA, arXiv 1912.03817; how much
+    a shard takes, for a given number of shards, and the order of slices are ours.
     """
     _check_room(len(ids), shards, slices)
     probability_N = np.asarray(probability_N, np.float64)
@@ -67,11 +68,13 @@ def by_deletion_probability(
     expected = np.append(0.0, np.cumsum(probability_N[ascending]))  # requests among the first n records, n = 0..N
     slack = 1e-9 * expected[-1]  # the rounding of this sum must not cost a shard one record more
     ends = [0]
-    for s in range(shards):
-        share = (expected[-1] - expected[ends[-1]]) / (shards - s)
+    for later in range(shards - 1, 0, -1):
+        share = (expected[-1] - expected[ends[-1]]) / (later + 1)
         reached = int(np.searchsorted(expected, expected[ends[-1]] + share - slack))
-        latest = len(ids) - slices * (shards - 1 - s)  # leave the later shards a record for each slice
-        ends.append(min(max(reached, ends[-1] + slices), latest) if s < shards - 1 else len(ids))
+        # The later shards keep a record for each slice. This one has it: the least likely records, so no fewer of
+        # them than the average of the shards to fill.
+        ends.append(min(reached, len(ids) - slices * later))
+    ends.append(len(ids))
     shard_N, rank_N = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
     shard_N[ascending] = np.repeat(np.arange(shards), np.diff(ends))
     rank_N[ascending] = np.arange(len(ids))

@@ -69,6 +69,7 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
         moving, frozen = trainable.init(key, parts)
         # The step donates its state. A leaf that also lives in `frozen` or with the caller must not go with it.
         moving = jax.tree.map(lambda x: jnp.array(x, copy=True), moving)
+        frozen = jax.tree.map(jnp.asarray, frozen)  # on the device once, not at every call
         return State(jnp.int32(0), moving, optimizer.init(moving), jax.random.clone(key)), frozen
 
     def update(state: State, frozen: Parts, batch: Batch):

@@ -106,6 +106,9 @@ def test_ties_go_to_the_smallest_class():
     for votes in [rng.permutation([1, 1, 1, 2, 2, 2]) for _ in range(10)]:
         share = aggregate("majority", jnp.asarray(np.eye(3)[votes] - 1, jnp.float32))
         assert share.tolist() == [0.0, 0.5, 0.5] and int(share.argmax()) == 1
+    # Whole weights: 2 + 4 + 1 against 7, though 2/14 + 4/14 + 1/14 is not a half in float32.
+    share = aggregate("majority", jnp.asarray(np.eye(3)[[2, 2, 2, 1]] - 1, jnp.float32), [2, 4, 1, 7])
+    assert share.tolist() == [0.0, 0.5, 0.5]
 
 
 def test_an_outvoted_confident_member():

@@ -1,0 +1,90 @@
+"""Finished stages by key: what a deletion starts again from.
+
+A stage is a checkpoint directory and, once that is complete, a row of the ledger with the digest of its parameters.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from jaxforget.errors import RunError
+from jaxforget.sisa.ledger import Ledger
+from jaxforget.training.checkpoints import PyTree, digest, load_tree, save_tree
+
+
+class Store:
+    """The stages in an ensemble's directory. A class, for `Scratch` to stand in for it."""
+
+    def __init__(self, directory: Path, ledger: Ledger):
+        self.directory, self.ledger = Path(directory), ledger
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key[:32]
+
+    def have(self) -> set[str]:
+        """Return the keys of the stages that are there."""
+        return {key for key in self.ledger.stages() if self._path(key).is_dir()}
+
+    def put(self, key: str, shard: int, stage: int, tree: PyTree, *, steps: int, visits: int) -> None:
+        """Keep the parameters of a finished stage."""
+        try:
+            save_tree(self._path(key), tree)
+        except RunError as error:
+            raise RunError(f"shard {shard}, slice {stage}: the checkpoint {error}; free what it needs and "
+                           "run again with --resume") from error  # fmt: skip
+        self.ledger.add_stage(key, shard=shard, stage=stage, digest=digest(tree), steps=steps, visits=visits)
+
+    def get(self, key: str, like: PyTree) -> PyTree:
+        """Load a stage. A damaged one is removed, and RunError says so: the next run trains it again."""
+        row = self.ledger.stages()[key]
+        try:
+            tree = load_tree(self._path(key), like)
+            if digest(tree) == row["digest"]:
+                return tree
+            reason = "its parameters are not those that were saved"
+        except RunError as error:
+            reason = str(error)
+        self.ledger.drop_stages([key])
+        shutil.rmtree(self._path(key), ignore_errors=True)
+        raise RunError(f"shard {row['shard']}, slice {row['stage']}: the checkpoint is damaged and was removed; "
+                       f"run again with --resume to train it again ({reason})")  # fmt: skip
+
+    def digests(self) -> dict[str, str]:
+        """Return key -> digest of parameters."""
+        return {key: row["digest"] for key, row in self.ledger.stages().items()}
+
+    def keep_only(self, keys: Iterable[str]) -> None:
+        """Erase every other stage, and whatever else lies in the directory."""
+        keys = set(keys)
+        self.ledger.drop_stages([key for key in self.ledger.stages() if key not in keys])
+        kept = {self._path(key).name for key in keys}
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+
+class Scratch:
+    """Stages in memory, of which only digests stay: for training from scratch to compare with."""
+
+    def __init__(self):
+        self._trees: dict[str, PyTree] = {}
+        self._digests: dict[str, str] = {}
+
+    def have(self) -> set[str]:
+        """Return the keys of the stages that are there."""
+        return set(self._digests)
+
+    def put(self, key: str, shard: int, stage: int, tree: PyTree, *, steps: int, visits: int) -> None:
+        """Keep the digest for good, the parameters until the next stage of the shard is there."""
+        self._digests[key] = digest(tree)
+        self._trees = {k: v for k, v in self._trees.items() if k[0] != shard} | {(shard, key): tree}
+
+    def get(self, key: str, like: PyTree) -> PyTree:
+        """Return a stage put last."""
+        return next(tree for (_, name), tree in self._trees.items() if name == key)
+
+    def digests(self) -> dict[str, str]:
+        """Return key -> digest of parameters."""
+        return dict(self._digests)
