@@ -179,11 +179,12 @@ def report(out: Run, rows, receipts, checks, notes, seconds: float) -> None:
     sections = [("Requests", "What every request cost; share of retraining counts visits of examples.",
                  table([*rows, total], FIELDS))]  # fmt: skip
     if checks:
-        said = [{"name": f"shard {c.shard}, slice {c.stage}", "served": c.served, "from_scratch": c.scratch,
-                 "same": "yes" if c.same else "NO"} for c in checks]  # fmt: skip
-        sections.append(("Verification", "SHA-256 of every stage's parameters, as served and trained from scratch.",
+        said = [{"name": f"shard {c.shard}, slice {c.stage}", "served": (c.served or "missing")[:16],
+                 "from_scratch": c.scratch[:16], "same": "yes" if c.same else "NO"} for c in checks]  # fmt: skip
+        sections.append(("Verification", "SHA-256 of every stage's parameters (its first 16 digits), as served and as "
+                         "trained from scratch without the deleted records.",
                          table(said, ("name", "same", "served", "from_scratch"))))  # fmt: skip
-    write_page(out.directory / "report.html", "Deletions", f"{len(receipts)} requests committed, {document['device']}.",
+    write_page(out.directory / "report.html", "Deletions", f"Requests committed: {len(receipts)}. {document['device']}.",
                sections, document["config"])  # fmt: skip
     command.print_table([*rows, total], FIELDS, f"train.forget · {out.directory}")
 

@@ -261,8 +261,8 @@ def report(config: Config, out: Run, ensemble: Ensemble) -> None:
         for cut in range(recipe.slices):
             axes.bar(shards, count_SR[:, cut], bottom=floor, label=f"slice {cut}")
             floor = floor + count_SR[:, cut]
-        axes.set(xlabel="shard", ylabel="examples", xticks=shards)
-        axes.legend(frameon=False)
+        axes.set(xlabel="shard", ylabel="examples", xticks=shards, ylim=(0, 1.25 * floor.max()))
+        axes.legend(frameon=False, ncols=4, loc="upper center")
 
     write_page(
         out.directory / "report.html", f"An ensemble of {recipe.shards} {ensemble.model.config.model_type} models",

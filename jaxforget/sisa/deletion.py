@@ -110,6 +110,8 @@ def _erase(ensemble: Ensemble, requests: Sequence[dict], export: bool) -> None:
     shutil.rmtree(ensemble.directory / "working", ignore_errors=True)
     if export:
         ensemble.export()
+    if requests:
+        ensemble.ledger.compact()
     receipts = [request["receipt"] | {"committed": now()} for request in requests]
     ensemble.ledger.advance([request["request"] for request in requests], COMMITTED, receipts)
 

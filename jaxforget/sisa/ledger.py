@@ -1,7 +1,8 @@
 """The ledger of an ensemble: its records, where each lies, the requests to delete some, and the finished stages.
 
 One SQLite file. Every change is a transaction, so a kill leaves the state before or after it. Deleted rows are
-overwritten with zeros (secure_delete), and no write-ahead log keeps old pages.
+overwritten with zeros (secure_delete), and no write-ahead log keeps old pages. That leaves copies of rows which SQLite
+once moved to another page, so `compact` writes the file anew before a request is committed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sqlite3
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,7 @@ class Ledger:
             self._db.execute("PRAGMA secure_delete = ON")
             self._db.execute("SELECT count(*) FROM requests").fetchone()
         except sqlite3.DatabaseError as error:
+            self._db.close()
             raise RunError(f"{self.path} cannot be read ({error})") from None
 
     @staticmethod
@@ -126,24 +128,38 @@ class Ledger:
         except sqlite3.Error as error:
             raise RunError(f"{self.path} cannot be written ({error}); what it holds is unchanged") from None
 
+    def _read(self, query: str, values: Sequence = ()) -> Iterator[tuple]:
+        """Query. Raises RunError where the file is damaged."""
+        try:
+            yield from self._db.execute(query, values)
+        except sqlite3.Error as error:
+            raise RunError(f"{self.path} cannot be read ({error})") from None
+
+    def compact(self) -> None:
+        """Write the file anew from the rows that are there. Call it after `advance` has forgotten some."""
+        try:
+            self._db.execute("VACUUM")
+        except sqlite3.Error as error:
+            raise RunError(f"{self.path} cannot be written anew ({error}); run again with --resume") from None
+
     def meta(self, name: str) -> str:
         """Return a setting stored at creation."""
-        return self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0]
+        return next(self._read("SELECT value FROM meta WHERE name = ?", (name,)))[0]
 
     # records
 
     def ids(self, shards: int, slices: int, without: Iterable[str] = ()) -> list[list[list[str]]]:
-        """Return the surviving ids by shard and slice, less those in `without`."""
+        """Return the surviving ids by shard and slice, less those in `without`: of records with examples to train on."""
         gone = set(without)
         result: list[list[list[str]]] = [[[] for _ in range(slices)] for _ in range(shards)]
-        for identity, shard, cut in self._db.execute("SELECT id, shard, slice FROM records ORDER BY id"):
+        for identity, shard, cut in self._read("SELECT id, shard, slice FROM records WHERE rows > 0 ORDER BY id"):
             if identity not in gone:
                 result[shard][cut].append(identity)
         return result
 
     def records(self, shard: int, cut: int, without: Iterable[str] = ()) -> list[Row]:
         """Return the surviving records of a slice in the order of their ids."""
-        found = self._db.execute(
+        found = self._read(
             "SELECT id, prompt, text, label, rows FROM records WHERE shard = ? AND slice = ? ORDER BY id", (shard, cut)
         )
         gone = set(without)
@@ -157,30 +173,32 @@ class Ledger:
         """Return how many examples the surviving records of each slice become, int64 (shards, slices)."""
         gone = set(without)
         count_SR = np.zeros((shards, slices), np.int64)
-        for identity, shard, cut, rows in self._db.execute("SELECT id, shard, slice, rows FROM records"):
+        for identity, shard, cut, rows in self._read("SELECT id, shard, slice, rows FROM records"):
             if identity not in gone:
                 count_SR[shard, cut] += rows
         return count_SR
 
     def where(self, identity: str) -> tuple[int, int] | None:
         """Return the shard and slice of a surviving record, or None."""
-        return self._db.execute("SELECT shard, slice FROM records WHERE id = ?", (identity,)).fetchone()
+        return next(self._read("SELECT shard, slice FROM records WHERE id = ?", (identity,)), None)
 
     def deleted_by(self, identity: str) -> int | None:
         """Return the request that deleted an id, or None."""
-        found = self._db.execute("SELECT request FROM deleted WHERE id_sha256 = ?", (id_hash(identity),)).fetchone()
+        found = next(self._read("SELECT request FROM deleted WHERE id_sha256 = ?", (id_hash(identity),)), None)
         return found and found[0]
 
     def twins(self, ids: Sequence[str]) -> list[Twin]:
         """Find surviving records that say what these say, exactly or after normalisation, and are not among them."""
         asked, found = set(ids), {}
         for identity in asked:
-            row = self._db.execute("SELECT content, normal FROM records WHERE id = ?", (identity,)).fetchone()
-            for other, shard, content in self._db.execute(
-                "SELECT id, shard, content FROM records WHERE normal = ?", (row[1],)
+            said = next(self._read("SELECT content, normal FROM records WHERE id = ?", (identity,)), None)
+            if said is None:  # deleted meanwhile by another process
+                continue
+            for other, shard, content in self._read(
+                "SELECT id, shard, content FROM records WHERE normal = ?", (said[1],)
             ):
                 if other not in asked:
-                    exact = content == row[0] or (other in found and found[other].exact)
+                    exact = content == said[0] or (other in found and found[other].exact)
                     found[other] = Twin(other, shard, exact)
         return [found[name] for name in sorted(found)]
 
@@ -196,9 +214,9 @@ class Ledger:
     def requests(self, *states: str) -> list[dict[str, Any]]:
         """Return request, state, received, ids (empty once deleted) and receipt of requests in these states, or all."""
         result = []
-        for number, state, received, receipt in self._db.execute("SELECT * FROM requests ORDER BY request"):
+        for number, state, received, receipt in self._read("SELECT * FROM requests ORDER BY request"):
             if not states or state in states:
-                ids = [row[0] for row in self._db.execute("SELECT id FROM request_ids WHERE request = ?", (number,))]
+                ids = [row[0] for row in self._read("SELECT id FROM request_ids WHERE request = ?", (number,))]
                 receipt = json.loads(receipt) if receipt else {}
                 result.append({"request": number, "state": state, "received": received, "ids": ids, "receipt": receipt})
         return result
@@ -222,7 +240,7 @@ class Ledger:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Return key -> shard, stage, digest, steps, visits of every finished stage."""
-        found = self._db.execute("SELECT key, shard, stage, digest, steps, visits FROM stages")
+        found = self._read("SELECT key, shard, stage, digest, steps, visits FROM stages")
         names = ("shard", "stage", "digest", "steps", "visits")
         return {key: dict(zip(names, rest, strict=True)) for key, *rest in found}
 

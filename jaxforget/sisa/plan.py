@@ -20,11 +20,11 @@ def epoch_schedule(epochs: int, slices: int) -> tuple[int, ...]:
     a = 2 epochs / (R + 1), so that all stages together visit about `epochs` times the records of the shard.
     Raises UserError where a stage would train nothing. Source: the official code of SISA, arXiv 1912.03817.
     """
-    _at_least_one("--train.epochs", epochs)
+    _at_least_one("--epochs", epochs)
     _at_least_one("--slices", slices)
     if 2 * epochs < slices + 1:  # a < 1, and then the first stage is empty; from a = 1 on none is
         raise UserError(
-            f"--train.epochs {epochs} with --slices {slices}: some slice would train for 0 epochs; "
+            f"--epochs {epochs} with --slices {slices}: some slice would train for 0 epochs; "
             f"give at least {slices // 2 + 1} epochs, or at most {2 * epochs - 1} slices"
         )
     # Whole numbers: a float i * a can fall just below the integer it stands for.

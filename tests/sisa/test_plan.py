@@ -47,7 +47,7 @@ def test_schedule_trains_every_stage_or_says_what_would():
             assert min(schedule) >= 1 and spread(schedule) <= 1
             assert sum(schedule) == 2 * epochs * slices // (slices + 1)  # the floors telescope
         if fewest > 1:
-            with pytest.raises(UserError, match=f"--train.epochs {fewest - 1} with --slices .* at least {fewest} epo"):
+            with pytest.raises(UserError, match=f"--epochs {fewest - 1} with --slices .* at least {fewest} epo"):
                 epoch_schedule(fewest - 1, slices)
 
 
@@ -57,7 +57,7 @@ def test_schedule_is_exact_for_large_numbers():
     assert schedule == (66666666666666666, 66666666666666667)
 
 
-@pytest.mark.parametrize("epochs, slices, flag", [(0, 1, "--train.epochs 0"), (5, 0, "--slices 0")])
+@pytest.mark.parametrize("epochs, slices, flag", [(0, 1, "--epochs 0"), (5, 0, "--slices 0")])
 def test_schedule_refuses_nothing(epochs, slices, flag):
     with pytest.raises(UserError, match=f"{flag}: give at least 1"):
         epoch_schedule(epochs, slices)
