@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import sys
 import time
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
         import tyro
 
         listed = "; ".join(f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in presets.items())
+        _lists_once(argv, type(presets[name]()))
         config = tyro.cli(
             type(presets[name]()),
             default=presets[name](),
@@ -58,6 +61,16 @@ def _preset_name(argv: list[str], presets: Mapping[str, Any]) -> str:
     return next(iter(presets))
 
 
+def _lists_once(argv: list[str], kind: type) -> None:
+    """Raise UserError for a flag of many values that is given twice: the first values would be lost without a word."""
+    hints = typing.get_type_hints(kind)
+    given = [word.partition("=")[0].replace("_", "-") for word in argv]
+    for field in dataclasses.fields(kind):
+        flag = f"--{field.name.replace('_', '-')}"
+        if typing.get_origin(hints[field.name]) is tuple and given.count(flag) > 1:
+            raise UserError(f"{flag} is given twice; give it once, followed by all its values")
+
+
 def _fail(message: object, code: int) -> None:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)
@@ -73,6 +86,9 @@ def configure_jax() -> None:
             cache.mkdir(parents=True, exist_ok=True)
             jax.config.update("jax_compilation_cache_dir", str(cache))
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
+    from absl import logging
+
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback from every thread besides raising what we tell
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -67,7 +67,7 @@ def run(config: Config) -> None:
             return
         # Ids go into the report as digests: it must not keep what was deleted.
         told = dataclasses.replace(config, id=tuple(map(id_hash, config.id)), resume=False)
-        out = Run("train.forget", told, config.out, False)
+        out = Run("train.forget", told, config.out, None)
         started, notes = time.perf_counter(), {}
         asked = None
         if config.id or config.ids:
@@ -87,9 +87,10 @@ def run(config: Config) -> None:
             export = json.loads(ensemble.ledger.meta("config"))["export"]
             receipts = serve(ensemble, tell=command.say, export=export, **keywords)
             checks = verify(ensemble, show=show) if config.verify else []
-        rows = [row(request) for request in ensemble.ledger.requests() if request["request"] in
-                {receipt["request"] for receipt in receipts} | {number}]  # fmt: skip
-        report(out, rows, receipts, checks, notes, time.perf_counter() - started)
+        # A request of ours may have been served by the process we waited for.
+        numbers = {receipt["request"] for receipt in receipts} | {number}
+        ours = [request for request in ensemble.ledger.requests() if request["request"] in numbers]
+        report(out, ours, checks, notes, time.perf_counter() - started)
         if checks:
             same = sum(check.same for check in checks)
             command.say(f"{same} of {len(checks)} stages equal training from scratch, bit for bit")
@@ -104,7 +105,8 @@ def read_ids(config: Config, ensemble: Ensemble) -> list[str]:
     if config.ids is None:
         return []
     if config.ids.suffix != ".txt":
-        return [record.id for record in read(str(config.ids), ensemble.recipe.text)]
+        text = dataclasses.replace(ensemble.recipe.text, limit=None)  # that of training says nothing about this file
+        return [record.id for record in read(str(config.ids), text)]
     try:
         lines = config.ids.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -169,8 +171,9 @@ def status(config: Config, ensemble: Ensemble) -> None:
         command.say(f"finish with: python -m train.forget --ensemble {config.ensemble} --resume")
 
 
-def report(out: Run, rows, receipts, checks, notes, seconds: float) -> None:
+def report(out: Run, requests, checks, notes, seconds: float) -> None:
     """Write results.json and report.html, and print the table."""
+    rows, receipts = [row(request) for request in requests], [request["receipt"] for request in requests]
     total = {"name": "this run", "seconds": round(seconds, 3), **notes}
     if checks:
         total |= {"stages_verified": sum(check.same for check in checks),
@@ -179,12 +182,13 @@ def report(out: Run, rows, receipts, checks, notes, seconds: float) -> None:
     sections = [("Requests", "What every request cost; share of retraining counts visits of examples.",
                  table([*rows, total], FIELDS))]  # fmt: skip
     if checks:
-        said = [{"name": f"shard {c.shard}, slice {c.stage}", "served": (c.served or "missing")[:16],
+        said = [{"name": f"shard {c.shard}, slice {c.stage}", "served": c.served[:16],
                  "from_scratch": c.scratch[:16], "same": "yes" if c.same else "NO"} for c in checks]  # fmt: skip
         sections.append(("Verification", "SHA-256 of every stage's parameters (its first 16 digits), as served and as "
                          "trained from scratch without the deleted records.",
                          table(said, ("name", "same", "served", "from_scratch"))))  # fmt: skip
-    write_page(out.directory / "report.html", "Deletions", f"Requests committed: {len(receipts)}. {document['device']}.",
+    write_page(out.directory / "report.html", "Deletions",
+               f"Requests committed: {len(receipts)}. {document['device']}.",
                sections, document["config"])  # fmt: skip
     command.print_table([*rows, total], FIELDS, f"train.forget · {out.directory}")
 

@@ -17,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxforget.errors import UserError
+from jaxforget.errors import RunError, UserError
 from jaxforget.models import configs
 from jaxforget.models.model import Model, Params, build, family_of
 
@@ -254,17 +254,26 @@ def save(
 
     tokenizer_dir: copy the tokenizer files found there. dtype: of the stored weights. max_shard_bytes: start
     another file beyond this size. extra_files: more files, name -> content. Raises UserError where
-    `directory` exists and is not empty, or dtype is not float32, bfloat16 or float16.
+    `directory` exists and is not empty, or dtype is not float32, bfloat16 or float16; OSError or RunError naming
+    `directory` where it cannot be written.
     """
+    from safetensors import SafetensorError
+
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    with new_directory(directory) as temporary:
-        _write_files(temporary, model, params, dtype, max_shard_bytes)
-        for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
-            if (Path(tokenizer_dir) / name).is_file():
-                shutil.copyfile(Path(tokenizer_dir) / name, temporary / name)
-        for name, content in (extra_files or {}).items():
-            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    try:
+        with new_directory(directory) as temporary:
+            _write_files(temporary, model, params, dtype, max_shard_bytes)
+            for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
+                if (Path(tokenizer_dir) / name).is_file():
+                    shutil.copyfile(Path(tokenizer_dir) / name, temporary / name)
+            for name, content in (extra_files or {}).items():
+                (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        error.filename = str(directory)  # a failed write does not say of what
+        raise
+    except SafetensorError as error:  # for its files, instead of OSError
+        raise RunError(f"{directory} cannot be written ({error}); make room and use --resume") from error
     return Path(directory).expanduser()
 
 

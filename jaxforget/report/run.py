@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,8 +23,13 @@ NOT_COMPARED = ("out", "resume")  # settings that do not change the numbers
 def write_atomic(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a failed write does not say of what
+        raise
 
 
 def plain(value: Any) -> Any:
@@ -64,7 +70,8 @@ def device_name() -> str:
 class Run:
     """The directory of one command. Opening it checks that nothing is overwritten; `begin` creates it."""
 
-    def __init__(self, command: str, config: Any, out: Path | None, resume: bool):
+    def __init__(self, command: str, config: Any, out: Path | None, resume: bool | None):
+        """Look at `out`. resume: continue what is there; None for a command whose directory is never continued."""
         self.command, self.config = command, plain(config)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.directory = Path(out) if out else Path("runs") / f"{command}-{stamp}"
@@ -73,12 +80,12 @@ class Run:
             raise UserError("--resume needs --out DIR, the directory of the run to continue")
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"--out {self.directory} is a file; give a directory")
-        self.resumed = resume and (self.directory / "config.json").exists()
+        self.resumed = bool(resume) and (self.directory / "config.json").exists()
         if self.resumed:
             self._check_same_config()
-        elif self.directory.exists() and any(self.directory.iterdir()):
-            hint = "it has no config.json to resume from" if resume else "use --resume to continue it"
-            raise UserError(f"--out {self.directory} is not empty; {hint}, or choose another directory")
+        elif self.directory.exists() and any(not _half_written(path) for path in self.directory.iterdir()):
+            hints = {True: "it has no config.json to resume from, or ", False: "use --resume to continue it, or "}
+            raise UserError(f"--out {self.directory} is not empty; {hints.get(resume, '')}choose another directory")
         self._metrics = None
 
     def begin(self) -> None:
@@ -114,10 +121,18 @@ class Run:
 
     def log(self, stage: str, step: int, metrics: dict[str, Any]) -> None:
         """Append one line. Lines reach the file before the checkpoint that follows them."""
+        path = self.directory / "metrics.jsonl"
         if self._metrics is None:
-            self._metrics = open(self.directory / "metrics.jsonl", "a", encoding="utf-8")
-        self._metrics.write(json.dumps(plain({"stage": stage, "step": step, **metrics})) + "\n")
-        self._metrics.flush()
+            self._metrics = open(path, "a", encoding="utf-8")
+        try:
+            self._metrics.write(json.dumps(plain({"stage": stage, "step": step, **metrics})) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # it tries once more to write
+                self._metrics.close()
+            self._metrics = None
+            error.filename = str(path)
+            raise
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read back every complete line."""
@@ -155,6 +170,11 @@ class Run:
         }
         write_atomic(self.directory / "results.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
         return document
+
+
+def _half_written(path: Path) -> bool:
+    """Say whether a file is what a kill in the middle of writing the first config.json leaves."""
+    return path.name.startswith(".config.json.")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

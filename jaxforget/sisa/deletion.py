@@ -80,6 +80,7 @@ def serve(
     ledger = ensemble.ledger
     done = {request["request"] for request in ledger.requests(COMMITTED)}
     if half_done := ledger.requests(RETRAINED):  # a kill came between the two last steps
+        ensemble.train(**training)  # nothing, unless a checkpoint was damaged since
         _erase(ensemble, half_done, export)
     waiting = ledger.requests(RECEIVED, PLANNED)
     started = time.perf_counter()
@@ -158,7 +159,7 @@ class Check(NamedTuple):
 
     shard: int
     stage: int
-    served: str | None  # digest of the parameters
+    served: str  # digest of the parameters
     scratch: str
 
     @property
@@ -168,12 +169,16 @@ class Check(NamedTuple):
 
 
 def verify(ensemble: Ensemble, **training: Any) -> list[Check]:
-    """Train every stage from scratch on the surviving records, in memory, and compare bit for bit."""
+    """Train every stage from scratch on the surviving records, in memory, and compare it bit for bit with the disk.
+
+    Raises RunError for a stage that cannot be read, or is not what was saved.
+    """
+    served = ensemble.read(key for row in ensemble.needed() for key in row if key is not None)
     scratch = Scratch()
     ensemble.train(scratch=scratch, **training)
-    served, fresh = ensemble.store.digests(), scratch.digests()
+    fresh = scratch.digests()
     return [
-        Check(shard, stage, served.get(key), fresh[key])
+        Check(shard, stage, served[key], fresh[key])
         for shard, row in enumerate(ensemble.needed())
         for stage, key in enumerate(row)
         if key is not None

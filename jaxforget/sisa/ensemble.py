@@ -31,9 +31,9 @@ from jaxforget.models.layers import merge
 from jaxforget.report.run import from_plain
 from jaxforget.sisa.ledger import Ledger
 from jaxforget.sisa.recipe import Recipe, stage_keys
-from jaxforget.sisa.store import Scratch, Store
+from jaxforget.sisa.store import Finished, Scratch, Store, remove
 from jaxforget.training.batches import Batches, Stream
-from jaxforget.training.checkpoints import Checkpoints, PyTree
+from jaxforget.training.checkpoints import Checkpoints, PyTree, digest
 from jaxforget.training.ensemble import MemberBatches, member, members, stack
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import set_schedule
@@ -106,14 +106,14 @@ class Ensemble:
         """Raise UserError when settings or the initial model were changed since training."""
         path = self.directory / "config.json"
         try:
-            now = json.loads(path.read_text(encoding="utf-8"))["config"]
-        except (OSError, ValueError, KeyError) as error:
+            now = dict(json.loads(path.read_text(encoding="utf-8"))["config"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} cannot be read; restore the file that training wrote") from error
         was = json.loads(self.ledger.meta("config"))
         changed = [name for name in was if name not in ("out", "resume") and now.get(name) != was[name]]
         if changed:
             raise UserError(f"{path} has changed since training ({', '.join(changed)}); restore it, or train anew")
-        if base_digest(self.directory / "base") != self.recipe.start:
+        if not (self.directory / "base").is_dir() or base_digest(self.directory / "base") != self.recipe.start:
             raise UserError(f"{self.directory / 'base'} has changed since training; restore it, or train anew")
 
     # ------------------------------------------------------------------------------------------- stages
@@ -173,38 +173,36 @@ class Ensemble:
         recipe, width = self.recipe, self.recipe.width
         before = {shard: self._before(store, keys, shard, stage) for shard in active}
         batches = {shard: self._batches(shard, stage, encoded, without) for shard in active}
-        training = [shard for shard in active if batches[shard] is not None]
-        outcome = None
-        if training:
-            slots: list[Any] = [before[training[0]]] * width  # what idle slots hold does not matter
-            rows: list[Batches | None] = [None] * width
-            for shard in training:
-                slots[shard % width], rows[shard % width] = before[shard], batches[shard]
-            states = [
-                set_schedule(state, learning_rate=recipe.train.learning_rate, total=batch.steps if batch else 1)
-                for state, batch in zip(slots, rows, strict=True)
-            ]
-            tag = f"slice {stage}" if recipe.width >= recipe.shards else f"slice {stage} shards {training}"
-            working = self.directory / "working" / _digest_of(keys[shard][stage] for shard in training)
-            long = checkpoint_every and max(b.steps for b in rows if b) > checkpoint_every and store is self.store
-            try:
-                with Checkpoints(working) if long else _nothing() as checkpoints:
-                    outcome = fit(
-                        members(self.step, recipe.members), stack(states), self._frozen, MemberBatches(tuple(rows)),
-                        checkpoints=checkpoints, checkpoint_every=checkpoint_every if long else 0,
-                        log=lambda step, metrics: log(tag, step, metrics),
-                        resumed=lambda step: resumed(tag, step), show=show,
-                    )  # fmt: skip
-            except RunError as error:
-                raise RunError(f"slice {stage}, shards {', '.join(map(str, training))}: {error}") from error
-        done = []
+        slots: list[Any] = [before[active[0]]] * width  # what idle slots hold does not matter
+        rows: list[Batches | None] = [None] * width
         for shard in active:
-            batch = batches[shard]
-            tree = member(outcome.state.trainable, shard % width) if batch is not None else before[shard].trainable
-            steps = batch.steps if batch is not None else 0
-            visits = len(batch.streams[0].examples) * batch.epochs if batch is not None else 0
-            store.put(keys[shard][stage], shard, stage, tree, steps=steps, visits=visits)
-            done.append(Trained(shard, stage, steps, visits, outcome.seconds if outcome else 0.0))
+            slots[shard % width], rows[shard % width] = before[shard], batches[shard]
+        states = [
+            set_schedule(state, learning_rate=recipe.train.learning_rate, total=batch.steps if batch else 1)
+            for state, batch in zip(slots, rows, strict=True)
+        ]
+        tag = f"slice {stage}" if recipe.width >= recipe.shards else f"slice {stage} shards {active}"
+        working = self.directory / "working" / _digest_of(keys[shard][stage] for shard in active)
+        long = checkpoint_every and max(b.steps for b in rows if b) > checkpoint_every and store is self.store
+        try:
+            with Checkpoints(working) if long else _nothing() as checkpoints:
+                outcome = fit(
+                    members(self.step, recipe.members), stack(states), self._frozen, MemberBatches(tuple(rows)),
+                    checkpoints=checkpoints, checkpoint_every=checkpoint_every if long else 0,
+                    log=lambda step, metrics: log(tag, step, metrics),
+                    resumed=lambda step: resumed(tag, step), show=show,
+                )  # fmt: skip
+        except RunError as error:
+            raise RunError(f"slice {stage}, shards {', '.join(map(str, active))}: {error}") from error
+        done = [
+            Trained(shard, stage, batch.steps, len(batch.streams[0].examples) * batch.epochs, outcome.seconds)
+            for shard, batch in batches.items()
+        ]
+        store.put(
+            Finished(keys[one.shard][stage], one.shard, stage, member(outcome.state.trainable, one.shard % width),
+                     one.steps, one.visits)
+            for one in done
+        )  # fmt: skip
         if store is self.store:
             shutil.rmtree(self.directory / "working", ignore_errors=True)
         return done
@@ -215,15 +213,13 @@ class Ensemble:
         key = keys[shard][stage - 1] if stage else None
         return state if key is None else state._replace(trainable=store.get(key, state.trainable))
 
-    def _batches(self, shard: int, stage: int, encoded, without) -> Batches | None:
+    def _batches(self, shard: int, stage: int, encoded, without) -> Batches:
         parts = []
         for cut in range(stage + 1):
             if (shard, cut) not in encoded:
                 rows = [row for row in self.ledger.records(shard, cut, without) if row.rows]
                 encoded[shard, cut] = self.encode([row.record for row in rows]) if rows else None
             parts += [encoded[shard, cut]] if encoded[shard, cut] is not None else []
-        if not parts:
-            return None
         stream = Stream(concatenate(parts), self.recipe.train.batch_size)
         seed = self.recipe.stage_seed(shard, stage)
         return Batches((stream,), self.recipe.epochs[stage], seed, self.recipe.weighting)
@@ -252,6 +248,11 @@ class Ensemble:
         """Return how many examples each shard trains on, int64 (K,), without some of the records."""
         return self.ledger.counts(self.recipe.shards, self.recipe.slices, without).sum(axis=1)
 
+    def read(self, keys: Iterable[str]) -> dict[str, str]:
+        """Read stages from the disk: key -> digest of the parameters. Raises RunError for one that is damaged."""
+        state, _ = self.step.init(self.recipe.stage_key(0, 0), {"model": self._initial})
+        return {key: digest(self.store.get(key, state.trainable)) for key in keys}
+
     def params(self, shard: int) -> PyTree:
         """Load the parameters of a member, adapters merged."""
         key = self.final_keys()[shard]
@@ -275,7 +276,7 @@ class Ensemble:
         wanted = {f"shard-{shard}": (shard, key) for shard, key in final.items()}
         for path in root.iterdir():  # of emptied shards, and what a kill left half-written
             if path.name not in wanted:
-                shutil.rmtree(path)
+                remove(path)
         for name, (shard, key) in wanted.items():
             note = root / name / "stage.json"
             if note.exists() and json.loads(note.read_text())["key"] == key:

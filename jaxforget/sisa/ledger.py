@@ -68,9 +68,10 @@ def id_hash(identity: str) -> str:
 
 
 def normalised(record: Record) -> str:
-    """Digest what a record says, whatever its case, spacing, punctuation and Unicode form."""
+    """Digest what a record says, whatever its case, spacing, punctuation, invisible characters and Unicode form."""
     joined = unicodedata.normalize("NFKC", f"{record.prompt or ''} {record.text}").casefold()
-    letters = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in joined)
+    visible = [(c, unicodedata.category(c)) for c in joined if unicodedata.category(c) != "Cf"]
+    letters = "".join(c if category[0] in "LNM" else " " for c, category in visible)
     # A text of signs alone would equal every other one.
     return content_id(None, " ".join(letters.split()) or joined.strip())
 
@@ -101,10 +102,14 @@ class Ledger:
         """Write a new ledger; it appears complete or not at all."""
         temporary = Path(directory) / f".{NAME}"
         temporary.unlink(missing_ok=True)
-        with closing(sqlite3.connect(temporary)) as db, db:
-            db.executescript(SCHEMA)
-            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-            db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", map(_values, rows))
+        try:
+            with closing(sqlite3.connect(temporary)) as db, db:
+                db.executescript(SCHEMA)
+                db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+                db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", map(_values, rows))
+        except sqlite3.OperationalError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(f"{Path(directory) / NAME} cannot be written ({error}); run again with --resume") from None
         os.replace(temporary, Path(directory) / NAME)
 
     def __enter__(self) -> Ledger:
@@ -149,7 +154,7 @@ class Ledger:
     # records
 
     def ids(self, shards: int, slices: int, without: Iterable[str] = ()) -> list[list[list[str]]]:
-        """Return the surviving ids by shard and slice, less those in `without`: of records with examples to train on."""
+        """Return the surviving ids by shard and slice, less those in `without`, of records that have examples."""
         gone = set(without)
         result: list[list[list[str]]] = [[[] for _ in range(slices)] for _ in range(shards)]
         for identity, shard, cut in self._read("SELECT id, shard, slice FROM records WHERE rows > 0 ORDER BY id"):
@@ -244,11 +249,10 @@ class Ledger:
         names = ("shard", "stage", "digest", "steps", "visits")
         return {key: dict(zip(names, rest, strict=True)) for key, *rest in found}
 
-    def add_stage(self, key: str, **stage: Any) -> None:
-        """Record a stage whose checkpoint is complete."""
+    def add_stages(self, rows: Sequence[tuple[str, int, int, str, int, int]]) -> None:
+        """Record stages whose checkpoints are complete: key, shard, stage, digest, steps, visits of each."""
         with self._change() as db:
-            names = ("shard", "stage", "digest", "steps", "visits")
-            db.execute("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?, ?, ?)", (key, *(stage[n] for n in names)))
+            db.executemany("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     def drop_stages(self, keys: Iterable[str]) -> None:
         """Forget stages whose checkpoints are gone or damaged."""

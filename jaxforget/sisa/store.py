@@ -8,10 +8,30 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxforget.errors import RunError
 from jaxforget.sisa.ledger import Ledger
 from jaxforget.training.checkpoints import PyTree, digest, load_tree, save_tree
+
+
+def remove(path: Path) -> None:
+    """Remove a directory, or a file that does not belong where it is, such as one that a file browser left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+class Finished(NamedTuple):
+    """A stage that was trained, to be kept."""
+
+    key: str
+    shard: int
+    stage: int
+    tree: PyTree
+    steps: int
+    visits: int
 
 
 class Store:
@@ -27,14 +47,20 @@ class Store:
         """Return the keys of the stages that are there."""
         return {key for key in self.ledger.stages() if self._path(key).is_dir()}
 
-    def put(self, key: str, shard: int, stage: int, tree: PyTree, *, steps: int, visits: int) -> None:
-        """Keep the parameters of a finished stage."""
-        try:
-            save_tree(self._path(key), tree)
-        except RunError as error:
-            raise RunError(f"shard {shard}, slice {stage}: the checkpoint {error}; free what it needs and "
-                           "run again with --resume") from error  # fmt: skip
-        self.ledger.add_stage(key, shard=shard, stage=stage, digest=digest(tree), steps=steps, visits=visits)
+    def put(self, stages: Iterable[Finished]) -> None:
+        """Keep the parameters of the stages that one program trained: of all or, killed before the end, of none.
+
+        So a resumed run trains them side by side again, and its log is that of an undisturbed one.
+        """
+        rows = []
+        for key, shard, stage, tree, steps, visits in stages:
+            try:
+                save_tree(self._path(key), tree)
+            except RunError as error:
+                raise RunError(f"shard {shard}, slice {stage}: the checkpoint {error}; free what it needs and "
+                               "run again with --resume") from error  # fmt: skip
+            rows.append((key, shard, stage, digest(tree), steps, visits))
+        self.ledger.add_stages(rows)
 
     def get(self, key: str, like: PyTree) -> PyTree:
         """Load a stage. A damaged one is removed, and RunError says so: the next run trains it again."""
@@ -62,7 +88,7 @@ class Store:
         kept = {self._path(key).name for key in keys}
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             if path.name not in kept:
-                shutil.rmtree(path)
+                remove(path)
 
 
 class Scratch:
@@ -76,10 +102,11 @@ class Scratch:
         """Return the keys of the stages that are there."""
         return set(self._digests)
 
-    def put(self, key: str, shard: int, stage: int, tree: PyTree, *, steps: int, visits: int) -> None:
-        """Keep the digest for good, the parameters until the next stage of the shard is there."""
-        self._digests[key] = digest(tree)
-        self._trees = {k: v for k, v in self._trees.items() if k[0] != shard} | {(shard, key): tree}
+    def put(self, stages: Iterable[Finished]) -> None:
+        """Keep the digests for good, the parameters until the next stage of the shard is there."""
+        for key, shard, _, tree, _, _ in stages:
+            self._digests[key] = digest(tree)
+            self._trees = {k: v for k, v in self._trees.items() if k[0] != shard} | {(shard, key): tree}
 
     def get(self, key: str, like: PyTree) -> PyTree:
         """Return a stage put last."""

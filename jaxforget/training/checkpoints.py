@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from pathlib import Path
@@ -36,15 +37,17 @@ def save_tree(directory: Path, tree: PyTree) -> None:
 
 
 def load_tree(directory: Path, like: PyTree) -> PyTree:
-    """Load what `save_tree` wrote, with the shapes of `like`. Raises RunError for a damaged checkpoint."""
+    """Load what `save_tree` wrote, with the shapes of `like`, to the host. Raises RunError for a damaged checkpoint."""
     from orbax.checkpoint import v1 as ocp
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     try:
-        return ocp.load(Path(directory).absolute(), shapes)
+        tree = ocp.load(Path(directory).absolute(), shapes)
     except Exception as error:
         raise RunError(f"{directory} cannot be read ({_reason(error)})") from error
+    # Loaded arrays are committed to their device, and a program compiled for fresh ones would be compiled again.
+    return jax.tree.map(np.asarray, tree)
 
 
 def _reason(error: Exception) -> str:
@@ -54,12 +57,15 @@ def _reason(error: Exception) -> str:
 
 
 class Checkpoints:
-    """The newest states of one run in a directory. A context manager: leaving it waits for pending writes."""
+    """The newest states of one run in a directory. A context manager: leaving it waits for pending writes.
+
+    A write runs in the background, so that `save` and leaving raise RunError where an earlier one failed.
+    """
 
     def __init__(self, directory: Path, keep: int = 1):
         from orbax.checkpoint import v1 as ocp
 
-        policies = ocp.training
+        policies, self._directory = ocp.training, directory
         self._store = policies.Checkpointer(
             Path(directory).absolute(),
             save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
@@ -71,11 +77,21 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error):
-        self._store.close()
+        with self._told("written"):
+            self._store.close()
+
+    @contextlib.contextmanager
+    def _told(self, what: str):
+        """Turn what Orbax raises into one sentence."""
+        try:
+            yield
+        except Exception as error:
+            raise RunError(f"{self._directory} cannot be {what} ({_reason(error)})") from error
 
     def save(self, step: int, state: PyTree, notes: dict | None = None) -> None:
         """Start writing `state`; its buffers may be donated as soon as this returns."""
-        self._store.save_async(step, state, custom_metadata=notes or {})
+        with self._told("written"):
+            self._store.save_async(step, state, custom_metadata=notes or {})
 
     def restore(self, like: PyTree) -> tuple[PyTree, dict] | None:
         """Load the newest complete state onto the shapes and shardings of `like`, or None when there is none."""
@@ -86,5 +102,6 @@ class Checkpoints:
         def abstract(x):
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-        state = self._store.load(step, jax.tree.map(abstract, like))
-        return state, self._store.metadata(step).custom_metadata or {}
+        with self._told("read; remove it to train this part from its beginning"):
+            state = self._store.load(step, jax.tree.map(abstract, like))
+            return state, self._store.metadata(step).custom_metadata or {}
