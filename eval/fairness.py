@@ -69,9 +69,10 @@ def default() -> Config:
 PRESETS = {"default": default}
 FIELDS = (
     "name", "fit_accuracy", "fit_eo_max", "test_accuracy", "test_accuracy_noise", "test_eo_max", "test_eo_max_low",
-    "test_eo_max_high", "test_eo_avg", "test_demographic_parity", "test_sampled_eo_max",
+    "test_eo_max_high", "test_eo_max_change", "test_eo_max_change_low", "test_eo_max_change_high", "test_eo_avg",
+    "test_demographic_parity", "test_sampled_eo_max",
 )  # fmt: skip
-TERMINAL = FIELDS[:8]
+TERMINAL = (*FIELDS[:6], *FIELDS[8:11])
 
 
 def run(config: Config) -> None:
@@ -157,7 +158,8 @@ def run(config: Config) -> None:
         f"{members} members; groups {', '.join(names)}; {len(kept):,} records to fit, {len(records['test']):,} to "
         f"test, {left_out} left out because they were deleted. {document['device']}.",
         [("Methods", "A gap on the fit set flatters; the test columns count. Low and high bound the 95 % bootstrap "
-          "interval over test records: gaps within each other's intervals are not told apart.", table(rows, FIELDS)),
+          "interval over test records. Change is the difference from the plain vote; its interval is paired, and a "
+          "change counts where it excludes 0.", table(rows, FIELDS)),
          ("Accuracy against the gap", "Points of a method are its epsilons.",
           f"<div class='plots'>{figure(draw)}{figure(rates)}</div>")],
         document["config"],

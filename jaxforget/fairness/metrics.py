@@ -62,13 +62,14 @@ def bootstrap_metrics(
     groups: int,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, tuple]:
-    """Return (low, high), the 95 % percentile interval of every metric; two arrays for metrics by group.
+) -> dict[str, np.ndarray]:
+    """Return every metric of every resample, (R,) or (R, A) for metrics by group; see `interval`.
 
     Resamples are stratified: every group and class keeps its number of examples. The rates are conditional on both, and
     no resample loses the few examples that a rate of a small group rests on. The interval of the accuracy is therefore
     that for these numbers. A gap is never negative and noise only widens it: an interval that excludes 0 is no evidence
-    of a gap, compare with that of another predictor.
+    of a gap. Which rows a resample takes depends on seed, labels and groups alone, so that the differences between two
+    predictors of the same rows are paired.
     """
     probability_N = np.asarray(probability_N)
     cell_N = np.asarray(group_N).astype(np.int64) * 2 + np.asarray(label_N)
@@ -81,8 +82,13 @@ def bootstrap_metrics(
         _resampled(jax.random.key(seed), probability_N[order_N], cell_N, start_X[cell_N], size_X[cell_N], groups,
                    resamples, batch)  # fmt: skip
     )
-    bounds = {name: np.percentile(value_R.astype(np.float64), (2.5, 97.5), axis=0) for name, value_R in found.items()}
-    return {name: tuple(pair) if pair.ndim > 1 else (float(pair[0]), float(pair[1])) for name, pair in bounds.items()}
+    return {name: value_R.astype(np.float64) for name, value_R in found.items()}
+
+
+def interval(value_R: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % percentile interval, (low, high), of resampled values or of their differences."""
+    low, high = np.percentile(value_R, (2.5, 97.5))
+    return float(low), float(high)
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "resamples", "batch"))

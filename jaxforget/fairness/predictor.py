@@ -84,10 +84,10 @@ def fit(
     """Fit a method on rows that no member was trained on. Settings as of odds.equalized_odds.
 
     votes_NK, label_N: 0 or 1. group_N: indices into the names `groups`. `none` has no use for the settings.
-    Cells without rows get the majority decision.
+    Cells without rows get the majority decision, those of `vector` what `count` decides.
     smoothing: of `vector` alone, from 0 to 1. Within a group and number of votes, that share of a cell's labels is
-    replaced by the labels of all such rows, so cells keep their size and come to differ less; cells without rows
-    follow `count`. 1 is `count`. In between, odds are equal for the smoothed counts, not for the rows themselves.
+    replaced by the labels of all such rows, so cells keep their size and come to differ less. 1 is `count`. In between,
+    odds are equal for the smoothed counts, not for the rows themselves.
     pool: a group that lacks a label, and so has no rates of its own, counts as if its rows were distributed as those of
     all groups together. A note says so. Otherwise it is refused.
     Raises UserError naming the setting, the group or the row that cannot be used.
@@ -123,17 +123,15 @@ def fit(
         column_K = [votes_NK[:, k : k + 1] for k in range(K)]
         table_xAT = np.stack([table("majority", counts("majority", column), np.arange(2)) for column in column_K])
     else:
-        decision_T = STATISTICS[METHODS[method]].decision(K)
-        count_AYT = counts(METHODS[method], votes_NK)
-        if method == "vector" and smoothing > 0:
+        name = METHODS[method]
+        by_AT, count_AYT = STATISTICS[name].decision(K), counts(name, votes_NK)
+        if method == "vector":
             size_T = votes_of_vector(K).sum(axis=1)
-            by_count_AT = table("count", counts("count", votes_NK), STATISTICS["count"].decision(K))[:, size_T]
-            smoothed_AYT = smoothed(count_AYT, size_T, smoothing)
-            # At 1 all cells of a number of votes tie, and the program would be free to choose among them.
-            table_xAT = by_count_AT if smoothing == 1 else table("vector", smoothed_AYT, by_count_AT)
-            notes.append(f"smoothing {smoothing:g}")
-        else:
-            table_xAT = table(METHODS[method], count_AYT, decision_T)
+            by_AT = table("count", counts("count", votes_NK), STATISTICS["count"].decision(K))[:, size_T]
+            count_AYT = smoothed(count_AYT, size_T, smoothing)
+        # At 1 all cells of a number of votes tie, and the program would be free to choose among them.
+        table_xAT = by_AT if method == "vector" and smoothing == 1 else table(name, count_AYT, by_AT)
+        notes += [f"smoothing {smoothing:g}"] if smoothing else []
     if method != "none":
         notes += [f"objective {objective}", f"constraint {constraint}", f"cost_fp {cost_fp:g}, cost_fn {cost_fn:g}"]
         notes += [f"group {groups[a]!r} has no example of label {y}: pooled with all others"
@@ -265,7 +263,7 @@ def load(path: Path) -> Predictor | Thresholds:
         raise UserError(f"{path} is of version {document.get('version')}; this program reads {VERSION}")
     try:
         return _from_document(document)
-    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UserError) as error:
         said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{path} is a damaged predictor: {said}") from error
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxforget.fairness.metrics import bootstrap_metrics, group_metrics
+from jaxforget.fairness.metrics import bootstrap_metrics, group_metrics, interval
 from jaxforget.fairness.predictor import Predictor, fit, probability, sample
 
 SUMMARY = ("eo_max", "eo_avg", "eo_sum", "demographic_parity")
@@ -39,24 +39,34 @@ def compare(
 
     Fields with `fit_` are of the set that was fitted on and flatter; those with `test_` count. Accuracies are percent,
     gaps shares. They are expectations over the predictor's randomness; `sampled` ones come from one draw of it.
-    `_low` and `_high` bound the 95 % bootstrap interval over test records, `_noise` is half its width.
+    `_low` and `_high` bound the 95 % bootstrap interval over test records, `_noise` is half its width. `_change` is the
+    difference from the plain majority vote, and its interval is paired: both are measured on the same resamples.
     """
-    result = []
+
+    def resampled(predictor: Predictor) -> dict[str, np.ndarray]:
+        probability_N = np.asarray(probability(predictor, test.votes_NK, test.group_N))
+        return bootstrap_metrics(probability_N, test.label_N, test.group_N, len(groups), resamples=resamples, seed=seed)
+
+    def fitted_by(method: str, epsilon: float) -> Predictor:
+        return fit(method, fitted.votes_NK, fitted.label_N, fitted.group_N, tuple(groups), epsilon=epsilon, **settings)
+
+    result, plain = [], fitted_by("none", 0.0)
+    plain_row, plain_draws = _scores("test", plain, test, len(groups), seed), resampled(plain)
     for method in methods:
         for epsilon in (None,) if method == "none" else epsilons:
-            predictor = fit(method, fitted.votes_NK, fitted.label_N, fitted.group_N, tuple(groups),
-                            epsilon=epsilon or 0.0, **settings)  # fmt: skip
+            predictor = fitted_by(method, epsilon or 0.0)
             row: dict[str, Any] = {"name": method if epsilon is None else f"{method} ε={epsilon:g}",
                                    "epsilon": epsilon}  # fmt: skip
             for prefix, votes in (("fit", fitted), ("test", test)):
                 row |= _scores(prefix, predictor, votes, len(groups), seed)
-            probability_N = np.asarray(probability(predictor, test.votes_NK, test.group_N))
-            bounds = bootstrap_metrics(probability_N, test.label_N, test.group_N, len(groups), resamples=resamples,
-                                       seed=seed)  # fmt: skip
+            draws = resampled(predictor)
             for name, scale in (("accuracy", 100.0), *((name, 1.0) for name in SUMMARY)):
-                low, high = bounds[name]
-                row |= {f"test_{name}_low": scale * low, f"test_{name}_high": scale * high,
-                        f"test_{name}_noise": scale * (high - low) / 2}  # fmt: skip
+                field = f"test_{name}"
+                low, high = interval(scale * draws[name])
+                row |= {f"{field}_low": low, f"{field}_high": high, f"{field}_noise": (high - low) / 2}
+                low, high = interval(scale * (draws[name] - plain_draws[name]))
+                row |= {f"{field}_change": row[field] - plain_row[field],
+                        f"{field}_change_low": low, f"{field}_change_high": high}  # fmt: skip
             result.append((row, predictor))
     return result
 
