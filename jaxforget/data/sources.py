@@ -7,7 +7,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -100,6 +100,18 @@ def read_records(
     if not records:
         raise UserError(f"{source}: holds no records" + (f" whose {wanted[0]!r} is {wanted[1]!r}" if wanted else ""))
     return records
+
+
+def read_rows(source: str | Path, fields: Sequence[str]) -> list[Row]:
+    """Read every row of a source for `read_records`, as it is. Raises UserError unless `fields` are strings in all."""
+    source, wanted = _selection(str(source))
+    rows = list(_selected(source, _rows(source, list(fields)), wanted))
+    for where, row in rows:
+        for name in fields:
+            _string(f"{source}, {where}", row, name)
+    if not rows:
+        raise UserError(f"{source}: holds no records" + (f" whose {wanted[0]!r} is {wanted[1]!r}" if wanted else ""))
+    return rows
 
 
 def content_id(prompt: str | None, text: str) -> str:
