@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 from jaxforget import command
 from jaxforget.data import fictional
+from jaxforget.data.counterfactual import CounterfactualConfig, augment, load_swaps
+from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
@@ -23,6 +26,9 @@ from jaxforget.errors import UserError
 from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import language_metrics, masked_once, token_scores
 from jaxforget.models.adapters import check_adapter, save_adapter
+from jaxforget.privacy.accounting import PrivacyConfig
+from jaxforget.privacy.clipping import check_units_apart
+from jaxforget.privacy.recipe import private_run, stated
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
@@ -68,6 +74,8 @@ class Config:
     text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(epochs=20, learning_rate=3e-3)
     size: SizeConfig = SizeConfig()
+    dp: PrivacyConfig = PrivacyConfig()
+    cda: CounterfactualConfig = CounterfactualConfig()
     corpus: fictional.FictionalConfig = fictional.FictionalConfig()
 
 
@@ -115,6 +123,7 @@ def run(config: Config) -> None:
         raise UserError("--exclude leaves none of the records of --data")
     if config.exclude:
         command.say(f"--exclude names {len(left_out)} records; {len(records) - len(kept)} of them were in the data")
+    kept, unit_of = augmented(kept, config)
     labels = class_names(kept, "training text") if config.task == "classification" else ()
     start = start_from(
         config.model, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute, head=config.task,
@@ -138,14 +147,30 @@ def run(config: Config) -> None:
         check_adapter(model, lora_of(config, model))
     parts = {"model": start.params(config.seed)}
     jax.eval_shape(moving.init, jax.random.key(0), parts)  # tells a pattern that matches nothing
+    objective = objective_for(config.task, model, start.tokenizer.mask_token_id)
+    private = None
+    if config.dp.private:
+        unit = "block" if config.text.text_mode == "pack" else "record"
+        examples = sets["train"] if unit == "block" else with_units(sets["train"], {r.id for r in kept}, unit_of)
+        private = private_run(config.dp, config.train, examples, config.seed, unit)
+        _, batches, gradient, optimizer, prepare = private
+        step = make_step(objective, moving, gradient, optimizer)
+        check(step, objective, parts, batches)
+        about = stated(private)
+        command.say("epsilon {dp_epsilon:.4g} at delta {dp_delta:.3g} for one {dp_unit} ({dp_relation}), {dp_sampler} "
+                    "sampling, noise multiplier {dp_sigma:g}".format(**about))  # fmt: skip
+        if config.data and not (config.tokenizer or config.model):
+            command.say("the tokenizer is built from the training text, which no noise hides; give --tokenizer")
+    else:
+        weighting = config.weighting if config.task != "classification" else "sequence"
+        streams = (Stream(sets["train"], config.train.batch_size),)
+        batches = Batches(streams, config.train.epochs, config.seed, weighting)
+        gradient = mean_gradient(config.train.microbatch_of(config.train.batch_size))
+        step = make_step(objective, moving, gradient, adamw(config.train))
+        prepare, about = lambda state: state, {}
     out.begin()
 
     rows = [row("before", name, config.task, start, parts["model"], examples) for name, examples in sets.items()]
-    weighting = config.weighting if config.task != "classification" else "sequence"
-    batches = Batches((Stream(sets["train"], config.train.batch_size),), config.train.epochs, config.seed, weighting)
-    gradient = mean_gradient(config.train.microbatch_of(config.train.batch_size))
-    objective = objective_for(config.task, model, start.tokenizer.mask_token_id)
-    step = make_step(objective, moving, gradient, adamw(config.train))
     with command.progress("training") as show:
         params, record = train_stage(
             out.directory / "model", model, step, parts, batches,
@@ -153,11 +178,11 @@ def run(config: Config) -> None:
             checkpoints=out.directory / "checkpoints", checkpoint_every=config.checkpoint_every,
             log=lambda step, metrics: out.log("train", step, metrics),
             resumed=lambda step: out.rewind("train", step), show=show,
-            save_adapter=lambda params: save_lora(out.directory / "adapter", config, model, params),
+            save_adapter=lambda params: save_lora(out.directory / "adapter", config, model, params), prepare=prepare,
         )  # fmt: skip
     speed = {"tokens_per_second": record["train_tokens"] / record["seconds"]}
     rows += [
-        {**row("after", name, config.task, start, params, examples), **record, **speed}
+        {**row("after", name, config.task, start, params, examples), **record, **speed, **about}
         for name, examples in sets.items()
     ]
     document = out.finish(rows)
@@ -165,11 +190,19 @@ def run(config: Config) -> None:
     unit = "text" if config.task == "classification" else "token"
     curve = figure(lambda axes: (axes.plot(*zip(*losses, strict=True), lw=1),
                                  axes.set(xlabel="step", ylabel=f"training loss (nats/{unit})")))  # fmt: skip
+    sections = [("Before and after", f"Losses in nats a {unit}, accuracy in percent.",
+                 table(rows, fields_of(config.task))),
+                ("Training loss", "Each point is one batch.", curve)]  # fmt: skip
+    if private:
+        promise = {name.removeprefix("dp_"): value for name, value in about.items() if value is not None}
+        note = ("Holds for the released model of this one run, not for choices made by looking at several; losses, "
+                "norms and batch sizes on this page are computed from the data and are not private.")  # fmt: skip
+        sections.append(("Differential privacy", note, table([{"name": config.dp.sampler, **promise}],
+                                                             ("name", *promise))))  # fmt: skip
     write_page(
         out.directory / "report.html", f"Training a {model.config.model_type} model: {config.task}",
         f"{len(kept):,} records, {record['train_tokens']:,} tokens, {document['device']}.",
-        [("Before and after", f"Losses in nats a {unit}, accuracy in percent.", table(rows, fields_of(config.task))),
-         ("Training loss", "Each point is one batch.", curve)], document["config"],
+        sections, document["config"],
     )  # fmt: skip
     command.print_table(rows, fields_of(config.task), f"train.lm · {out.directory}")
 
@@ -180,6 +213,31 @@ def read_for(source: str, config: Config) -> list[Record]:
     if config.task == "classification" and text.label_field is None:
         text = dataclasses.replace(text, label_field="label")
     return read(source, text)
+
+
+def augmented(records: list[Record], config: Config) -> tuple[list[Record], dict[str, str]]:
+    """Add counterfactuals as configured; returns the records and which record each of them comes from."""
+    if config.cda.sides == "off":
+        return records, {}
+    found = augment(records, config.cda, config.seed, load_swaps(config.cda))
+    command.say(f"counterfactuals of {found.matched} of {len(records)} records; {found.dropped} dropped")
+    if not found.records:
+        raise UserError("--cda leaves no record: none has a word of the list; keep them with --cda.keep-unmatched")
+    return found.records, found.unit_of
+
+
+def with_units(examples, ids: set[str], unit_of: dict[str, str]):
+    """Say which record every example belongs to: its chunks and its counterfactual are one unit of privacy."""
+    whole = [identity if identity in ids else identity.rpartition("#")[0] for identity in examples.ids]  # not a chunk
+    unit_N = id_keys([unit_of.get(identity, identity) for identity in whole])
+    return dataclasses.replace(examples, columns={**examples.columns, "unit": unit_N})
+
+
+def check(step, objective, parts, batches) -> None:
+    """Raise UserError for a step whose per-unit gradients would be wrong, before anything is written."""
+    batch = {name: jnp.asarray(column[0]) for name, column in batches.take(0, 1, 1).items()}
+    jax.eval_shape(lambda key: step.update(*step.init(key, parts), batch), jax.random.key(0))
+    check_units_apart(objective, parts, batch, jax.random.key(0))
 
 
 def lora_of(config: Config, model) -> LoraConfig:

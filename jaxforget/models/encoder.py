@@ -73,7 +73,7 @@ class Top(nnx.Module):
             return self.score(ACTIVATIONS[c.pooled_act](self.pool(x_BTD[:, 0])), jnp.float32)
         x_BTD = self.transform_norm(ACTIVATIONS[c.masked_act](self.transform(x_BTD)))
         if c.tie_word_embeddings:
-            return self.head(x_BTD, self.embed.table[...])
+            return self.head(x_BTD, self.embed.table.get_value())
         return self.head(x_BTD, jnp.float32)
 
 
@@ -84,7 +84,7 @@ class Tied(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((rows,), jnp.float32))
 
     def __call__(self, x_BTD, table_VD):
-        return attend(x_BTD, table_VD, self.bias[...])
+        return attend(x_BTD, table_VD, self.bias.get_value())
 
 
 class Block(nnx.Module):

@@ -6,7 +6,8 @@ vocabulary, L layers, M rows of a flattened product.
 Parameters are float32. An operation casts them to the dtype of its input; norms, softmax and logits are
 float32. A parameter is read only by the functions `linear`, `embed`, `attend`, `layer_norm` and `rms_norm`:
 whoever wants to observe or change how parameters act has these five places to look at. The modules below only
-own the arrays.
+own the arrays. Two kinds of leaf may stand where an array is expected: LowRank acts as another kernel, and Tapped
+acts as the same and tells what each example does to its gradient.
 """
 
 from __future__ import annotations
@@ -38,6 +39,53 @@ class LowRank:
     shape = property(lambda self: self.kernel.shape)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value", "tap"], meta_fields=["spec"])
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """A parameter that tells, in the backward pass, what each example does to its gradient.
+
+    value: the parameter; it acts as if it stood here itself. tap: zeros that no result depends on. Their cotangent is
+    what `spec.rule(use, a, b, shape)` returns: given the kind of use, one of product x @ p, gather p[x], score x @ p.T,
+    scale x * p and shift x + p; what the parameter met, (M, D), or ids (M,), or None for a shift; the cotangent of what
+    came out; the parameter's shape. Several uses add up, as cotangents do, but a dict has a tap for each kind of use.
+    Leaves of stacked blocks have a leading L in both. See privacy/taps.py.
+    """
+
+    value: Any
+    tap: Any
+    spec: Any  # hashable: `rows`, the B of every batch that it meets, and `rule`
+
+    shape = property(lambda self: self.value.shape)
+
+
+def _value(parameter):
+    return parameter.value if isinstance(parameter, Tapped) else parameter
+
+
+def _tell(parameter, use: str, a, y, lead):
+    """Return y, the result of a use; a Tapped parameter learns of it. lead: the axes that M was flattened from."""
+    if not isinstance(parameter, Tapped):
+        return y
+    if not lead or lead[0] != parameter.spec.rows:
+        raise ValueError(f"a parameter meets a batch of shape {lead}, not of {parameter.spec.rows} rows: what an "
+                         "example does to its gradient is not told apart")  # fmt: skip
+    tap = parameter.tap[use] if isinstance(parameter.tap, dict) else parameter.tap
+    return _tapped((parameter.spec, use, parameter.shape), y, a, tap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tapped(how, y, a, tap):
+    return y
+
+
+def _tapped_bwd(how, a, dy):
+    spec, use, shape = how
+    return dy, None, spec.rule(use, a, dy, shape)
+
+
+_tapped.defvjp(lambda how, y, a, tap: (y, a), _tapped_bwd)
+
+
 def merge(params):
     """Replace every LowRank leaf of a pytree by the kernel that it acts as, a float32 array."""
 
@@ -52,47 +100,64 @@ def merge(params):
 def linear(x, kernel, bias=None, *, out_dtype=None):
     """Return x @ kernel + bias. x: (..., D), kernel: (D, F), result: (..., F) in out_dtype or that of x."""
     # XLA on CPU runs the backward pass of a 3-D product slowly: flatten first.
-    x_MD = x.reshape(-1, x.shape[-1])
+    x_MD, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
     if isinstance(kernel, LowRank):
-        y_MF = jnp.matmul(x_MD, kernel.kernel.astype(x.dtype), preferred_element_type=out_dtype)
-        x_MR = jnp.matmul(x_MD, kernel.a.astype(x.dtype))
-        y_MF = y_MF + kernel.scale * jnp.matmul(x_MR, kernel.b.astype(x.dtype), preferred_element_type=out_dtype)
+        x_MR = _product(x_MD, kernel.a, None, lead)
+        y_MF = _product(x_MD, kernel.kernel, out_dtype, lead)
+        y_MF = y_MF + kernel.scale * _product(x_MR, kernel.b, out_dtype, lead)
     else:
-        y_MF = jnp.matmul(x_MD, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+        y_MF = _product(x_MD, kernel, out_dtype, lead)
     if bias is not None:
-        y_MF = y_MF + bias.astype(y_MF.dtype)[None, :]
-    return y_MF.reshape(*x.shape[:-1], kernel.shape[-1])
+        y_MF = _shift(y_MF, bias, lead)
+    return y_MF.reshape(*lead, kernel.shape[-1])
+
+
+def _product(x_MD, kernel, out_dtype, lead):
+    y_MF = jnp.matmul(x_MD, _value(kernel).astype(x_MD.dtype), preferred_element_type=out_dtype)
+    return _tell(kernel, "product", x_MD, y_MF, lead)
+
+
+def _shift(y_MF, bias_F, lead):
+    return _tell(bias_F, "shift", None, y_MF + _value(bias_F).astype(y_MF.dtype)[None, :], lead)
 
 
 def embed(table_VD, tokens_BT, *, dtype):
     """Look up rows. An id outside the table gives NaN, never another row."""
-    return jnp.take(table_VD, tokens_BT, axis=0, mode="fill").astype(dtype)
+    if isinstance(table_VD, Tapped):  # ids that all examples share are still looked up by each
+        tokens_BT = jnp.broadcast_to(tokens_BT, (table_VD.spec.rows, *tokens_BT.shape[1:]))
+    y = jnp.take(_value(table_VD), tokens_BT, axis=0, mode="fill").astype(dtype)
+    return _tell(table_VD, "gather", tokens_BT.reshape(-1), y, tokens_BT.shape)
 
 
 def attend(x_BTD, table_VD, bias_V=None):
     """Score x against every row of the table: the tied output head. Returns float32 (B, T, V)."""
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    x_MD, lead = x_BTD.reshape(-1, x_BTD.shape[-1]), x_BTD.shape[:-1]
     y_MV = jax.lax.dot_general(
-        x_MD, table_VD.astype(x_BTD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        x_MD, _value(table_VD).astype(x_BTD.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
+    y_MV = _tell(table_VD, "score", x_MD, y_MV, lead)
     if bias_V is not None:
-        y_MV = y_MV + bias_V[None, :]
-    return y_MV.reshape(*x_BTD.shape[:-1], table_VD.shape[0])
+        y_MV = _shift(y_MV, bias_V, lead)
+    return y_MV.reshape(*lead, table_VD.shape[0])
 
 
 def layer_norm(x, scale_D, bias_D, *, epsilon):
     """Normalise the last axis to mean 0 and variance 1, then scale and shift. Computed in float32."""
-    x_MD = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    x_MD, lead = x.astype(jnp.float32).reshape(-1, x.shape[-1]), x.shape[:-1]
     x_MD = x_MD - jnp.mean(x_MD, axis=-1, keepdims=True)
     x_MD = x_MD * jax.lax.rsqrt(jnp.mean(jnp.square(x_MD), axis=-1, keepdims=True) + epsilon)
-    return (x_MD * scale_D[None, :] + bias_D[None, :]).astype(x.dtype).reshape(x.shape)
+    return _shift(_scale(x_MD, scale_D, lead), bias_D, lead).astype(x.dtype).reshape(x.shape)
 
 
 def rms_norm(x, scale_D, *, epsilon):
     """Divide by the root mean square of the last axis, then scale, in float32. Source: arXiv 1910.07467."""
-    x_MD = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    x_MD, lead = x.astype(jnp.float32).reshape(-1, x.shape[-1]), x.shape[:-1]
     x_MD = x_MD * jax.lax.rsqrt(jnp.mean(jnp.square(x_MD), axis=-1, keepdims=True) + epsilon)
-    return (x_MD * scale_D[None, :]).astype(x.dtype).reshape(x.shape)
+    return _scale(x_MD, scale_D, lead).astype(x.dtype).reshape(x.shape)
+
+
+def _scale(x_MD, scale_D, lead):
+    return _tell(scale_D, "scale", x_MD, x_MD * _value(scale_D)[None, :], lead)
 
 
 # ------------------------------------------------------------------------------------------------- modules
@@ -124,8 +189,8 @@ class Linear(nnx.Module):
         self.biased = bias
 
     def __call__(self, x, out_dtype=None):
-        kernel = self.kernel.get_value()  # not [...]: a LowRank has no items
-        return linear(x, kernel, self.bias[...] if self.biased else None, out_dtype=out_dtype)
+        bias = self.bias.get_value() if self.biased else None  # not [...]: LowRank and Tapped have no items
+        return linear(x, self.kernel.get_value(), bias, out_dtype=out_dtype)
 
 
 class Embedding(nnx.Module):
@@ -135,10 +200,10 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(std * draws((rows, width)))
 
     def __call__(self, tokens_BT, dtype):
-        return embed(self.table[...], tokens_BT, dtype=dtype)
+        return embed(self.table.get_value(), tokens_BT, dtype=dtype)
 
     def attend(self, x_BTD):
-        return attend(x_BTD, self.table[...])
+        return attend(x_BTD, self.table.get_value())
 
 
 class LayerNorm(nnx.Module):
@@ -148,7 +213,7 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x):
-        return layer_norm(x, self.scale[...], self.bias[...], epsilon=self.epsilon)
+        return layer_norm(x, self.scale.get_value(), self.bias.get_value(), epsilon=self.epsilon)
 
 
 class RMSNorm(nnx.Module):
@@ -157,7 +222,7 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x):
-        return rms_norm(x, self.scale[...], epsilon=self.epsilon)
+        return rms_norm(x, self.scale.get_value(), epsilon=self.epsilon)
 
 
 # ----------------------------------------------------------------------------------------------- attention

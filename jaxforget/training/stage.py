@@ -21,7 +21,7 @@ from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.loop import Outcome, fit
 from jaxforget.training.optimizer import set_schedule
 from jaxforget.training.start import tokenizer_files
-from jaxforget.training.step import Parts, Step
+from jaxforget.training.step import Parts, State, Step
 
 RECORD = "training.json"
 
@@ -44,19 +44,20 @@ def train_stage(
     checkpoints: Path,
     describe: Callable[[Outcome, Any], dict[str, Any]] = lambda outcome, params: {},
     save_adapter: Callable[[Any], Any] = lambda params: None,
+    prepare: Callable[[State], State] = lambda state: state,
     **loop: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Train `parts["model"]` over the batches and save it, adapters merged, as a Hugging Face directory.
 
     Returns (params, record) on the host; a finished directory is loaded instead. The record holds steps, seconds,
     train_tokens, train_flops, stopped_at and what `describe` adds; `forward_tokens` among that counts tokens that cost
-    a forward pass besides. save_adapter gets the parameters before adapters are merged. Checkpoints are removed once
-    the model is saved.
+    a forward pass besides. save_adapter gets the parameters before adapters are merged. prepare completes the fresh
+    state. Checkpoints are removed once the model is saved.
     """
     if (record := finished(directory)) is not None:
         return hub.load(directory)[1], record
     state, frozen = step.init(jax.random.key(batches.seed), parts)
-    state = set_schedule(state, learning_rate=learning_rate, total=batches.steps)
+    state = prepare(set_schedule(state, learning_rate=learning_rate, total=batches.steps))
     with Checkpoints(checkpoints) as store:
         outcome = fit(step, state, frozen, batches, checkpoints=store, **loop)
     joined = step.combine(frozen, outcome.state.trainable)["model"]

@@ -2,8 +2,8 @@
 
     objective   losses(parts, batch, key) -> losses_B
     trainable   init(key, parts) -> (trainable, frozen);  combine(frozen, trainable) -> parts
-    gradient    (losses, trainable, batch, key) -> (report, grads)
-    optimizer   optax.GradientTransformation
+    gradient    (losses, trainable, batch, key) -> (report, grads), or an Estimator, which remembers
+    optimizer   optax.GradientTransformation; its update may take `key`, the step's, and `report`, the gradient's
 
 `parts` is a dict of named pytrees. `parts["model"]` is the language model every objective reads; others are there
 when an objective needs them: `reference` (the frozen starting model), adversary heads, a dual variable. Which parts
@@ -34,6 +34,7 @@ class State(NamedTuple):
     step: jax.Array  # int32, optimizer updates done
     trainable: PyTree
     opt_state: PyTree
+    memory: PyTree  # of the gradient estimator; () for most
     key: jax.Array  # typed key of the run; step n uses fold_in(key, n)
 
 
@@ -42,6 +43,13 @@ class Trainable(NamedTuple):
 
     init: Callable[[jax.Array, Parts], tuple[PyTree, Parts]]
     combine: Callable[[Parts, PyTree], Parts]
+
+
+class Estimator(NamedTuple):
+    """A gradient estimator that remembers something between steps, such as an adaptive clipping bound."""
+
+    init: Callable[[PyTree], PyTree]  # trainable -> memory
+    estimate: Callable[..., tuple[PyTree, dict[str, jax.Array], PyTree]]  # memory, losses, ... -> memory, report, grads
 
 
 class Step(NamedTuple):
@@ -64,24 +72,30 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
 
     metrics: scalars `loss` (the gradient's own mean, nats), `grad_norm`, and whatever else the gradient reports.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
+    if not isinstance(gradient, Estimator):
+        stateless = gradient
+        gradient = Estimator(lambda trainable: (), lambda memory, *args: (memory, *stateless(*args)))
 
     def init(key: jax.Array, parts: Parts) -> tuple[State, Parts]:
         moving, frozen = trainable.init(key, parts)
         # The step donates its state. A leaf that also lives in `frozen` or with the caller must not go with it.
         moving = jax.tree.map(lambda x: jnp.array(x, copy=True), moving)
         frozen = jax.tree.map(jnp.asarray, frozen)  # on the device once, not at every call
-        return State(jnp.int32(0), moving, optimizer.init(moving), jax.random.clone(key)), frozen
+        return State(jnp.int32(0), moving, optimizer.init(moving), gradient.init(moving), jax.random.clone(key)), frozen
 
     def update(state: State, frozen: Parts, batch: Batch):
         def losses(moving, batch, key):
             return objective(trainable.combine(frozen, moving), batch, key)
 
         key = jax.random.fold_in(state.key, state.step)
-        report, grads = gradient(losses, state.trainable, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        memory, report, grads = gradient.estimate(state.memory, losses, state.trainable, batch, key)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.trainable, key=jax.random.fold_in(key, 0), report=report
+        )
         moved = optax.apply_updates(state.trainable, updates)
         metrics = {**report, "grad_norm": optax.tree.norm(grads)}
-        return State(state.step + 1, moved, opt_state, state.key), metrics
+        return State(state.step + 1, moved, opt_state, memory, state.key), metrics
 
     def run(state: State, frozen: Parts, batches_S: Batch, count: jax.Array):
         def batch(i):

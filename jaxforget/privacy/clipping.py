@@ -1,0 +1,193 @@
+"""Per-unit clipped gradient sums, the estimators of private training.
+
+    g = sum over units u of c_u * grad l_u,     c_u = min(1, C / |grad l_u|)
+
+l_u is the weighted mean loss of a unit's rows, and the norm goes over all leaves that move, or over each group of them.
+Adding or removing one unit changes g by at most `sensitivity`. Sources: arXiv 1607.00133; AUTO-S, arXiv 2206.07136.
+
+ESTIMATORS, all with the same result:
+
+    vmap      differentiate every unit by itself: any model and objective, U x parameters floats
+    ghost     norms from one backward pass, the sum from a second: the least memory, and remat saves more
+    bookkeep  norms and sum from one backward pass, whose factors are kept: the fastest
+
+Shapes: B rows, U units of k rows that stand together, G groups of leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxforget.errors import UserError
+from jaxforget.models.layers import Tapped
+from jaxforget.privacy import taps
+from jaxforget.training.step import Batch, PyTree
+from jaxforget.training.trainable import path_str
+
+AUTO_S_GAMMA = 0.01
+
+
+class Clipped(NamedTuple):
+    """A sum of clipped gradients, and what it was made from."""
+
+    total: PyTree
+    norm_GU: jax.Array
+    loss_U: jax.Array
+    real_U: jax.Array  # False for padding
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipping:
+    """How gradients are bounded. Hashable: a static part of the step.
+
+    rows: of a unit. groups: regular expressions for paths of what moves; each leaf belongs to the first that matches,
+    and those without a match are the last group. Every group is clipped to C / sqrt(groups). auto_s: c = 1 / (|g| +
+    0.01) instead, which needs no bound.
+    """
+
+    estimator: Literal["auto", "vmap", "ghost", "bookkeep"] = "auto"
+    rows: int = 1
+    groups: tuple[str, ...] = ()
+    auto_s: bool = False
+
+    def sensitivity(self, bound: jax.Array) -> jax.Array:
+        """Return the largest norm that one unit adds to the sum."""
+        return jnp.ones_like(bound) if self.auto_s else bound
+
+
+def clipped_sum(losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: jax.Array, how: Clipping) -> Clipped:
+    """Return the clipped sum of a batch of U * how.rows rows. losses(trainable, batch, key) -> losses_B.
+
+    A unit whose gradient is not finite counts as 0, as does one whose rows all have weight 0. Raises UserError
+    where the estimator cannot tell units apart.
+    """
+    return ESTIMATORS[how.estimator](losses, trainable, batch, key, bound, how)
+
+
+def check_units_apart(losses, trainable: PyTree, batch: Batch, key: jax.Array) -> None:
+    """Raise UserError where the loss of a row depends on other rows: its gradient then is not that of one unit."""
+    first = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
+    run = jax.jit(lambda batch: losses(trainable, batch, key)[0])
+    among, alone = float(run(batch)), float(run(first))
+    if not math.isclose(among, alone, rel_tol=1e-4, abs_tol=1e-5):
+        raise UserError(f"the loss of an example depends on the others of its batch ({among:g} among others, {alone:g} "
+                        "among copies of itself), so that clipping does not bound what one adds")  # fmt: skip
+
+
+def _unit_losses(losses, batch: Batch, key, how: Clipping):
+    """Return f(trainable) -> l_U and which units are real."""
+    weight_UK = batch["weight"].astype(jnp.float32).reshape(-1, how.rows)
+    total_U = jnp.sum(weight_UK, axis=1)
+
+    def run(trainable):
+        loss_UK = losses(trainable, batch, key).astype(jnp.float32).reshape(-1, how.rows)
+        weighted_UK = jnp.where(weight_UK > 0, weight_UK * loss_UK, 0.0)
+        return jnp.sum(weighted_UK, axis=1) / jnp.where(total_U > 0, total_U, 1.0)
+
+    return run, total_U > 0
+
+
+def group_of(paths: list[str], groups: tuple[str, ...]) -> list[int]:
+    """Return the group of every path. Raises UserError for a pattern that takes no leaf."""
+    def first(path):
+        return next((g for g, pattern in enumerate(groups) if re.fullmatch(pattern, path)), len(groups))
+
+    found = [first(path) for path in paths]
+    if empty := [pattern for g, pattern in enumerate(groups) if g not in found]:
+        raise UserError(f"group pattern {empty[0]!r} takes no parameter that moves; paths look like {paths[0]!r}")
+    return found
+
+
+def _coefficients(square_leaf: list[jax.Array], group_leaf: list[int], real_U, bound, how: Clipping):
+    """Return norms (G, U) and coefficients (G, U), 0 for units that are padding or not finite in any group."""
+    count = max(group_leaf) + 1  # the last group may have no leaf, and then is none
+    norm_GU = jnp.stack([
+        jnp.sqrt(jnp.maximum(sum(s for s, g in zip(square_leaf, group_leaf, strict=True) if g == group), 0.0))
+        for group in range(count)
+    ])  # fmt: skip
+    share = 1.0 / math.sqrt(count)
+    if how.auto_s:
+        c_GU = share / (norm_GU + AUTO_S_GAMMA)
+    else:
+        c_GU = jnp.minimum(1.0, share * bound / jnp.maximum(norm_GU, jnp.finfo(jnp.float32).tiny))
+    finite_U = jnp.all(jnp.isfinite(norm_GU), axis=0)
+    return norm_GU, jnp.where(real_U & finite_U, c_GU, 0.0)
+
+
+def _groups(trainable, how: Clipping) -> list[int]:
+    return group_of([path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)], how.groups)
+
+
+def _vmap(losses, trainable, batch, key, bound, how: Clipping) -> Clipped:
+    batch_UK = jax.tree.map(lambda x: x.reshape(-1, how.rows, *x.shape[1:]), batch)
+
+    def one(batch_K):
+        run, real_1 = _unit_losses(losses, batch_K, key, how)
+        loss, grads = jax.value_and_grad(lambda trainable: run(trainable)[0])(trainable)
+        return loss, grads, real_1[0]
+
+    loss_U, grads_U, real_U = jax.vmap(one)(batch_UK)
+    leaves, treedef = jax.tree.flatten(grads_U)
+    square = [jnp.sum(jnp.square(x.astype(jnp.float32)), axis=range(1, x.ndim)) for x in leaves]
+    group = _groups(trainable, how)
+    norm_GU, c_GU = _coefficients(square, group, real_U, bound, how)
+    total = [
+        # scaling and then adding takes several times longer than a product
+        jnp.tensordot(c_GU[g], jnp.where((c_GU[g] != 0).reshape(-1, *(1,) * (x.ndim - 1)), x, 0), axes=1)
+        for x, g in zip(leaves, group, strict=True)
+    ]
+    return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
+
+
+def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass: bool) -> Clipped:
+    rows = batch["weight"].shape[0]
+    units = rows // how.rows
+    run, real_U = _unit_losses(losses, batch, key, how)
+    leaves, treedef = jax.tree.flatten(trainable)
+    plans = taps.plan(run, trainable, rows, units, second_pass)
+    specs = [taps.Spec(rows, units, plan.form) for plan in plans]
+    empty = [taps.zeros(plan, units) for plan in plans]
+    group = _groups(trainable, how)
+
+    def tapped(run):
+        return lambda leaves, tap: run(treedef.unflatten(map(Tapped, leaves, tap, specs)))
+
+    loss_U, pull = jax.vjp(tapped(run), leaves, empty)
+    found = pull(jnp.ones_like(loss_U))[1]
+    square = [taps.squared_norm(plan, tap) for plan, tap in zip(plans, found, strict=True)]
+    norm_GU, c_GU = _coefficients(square, group, real_U, bound, how)
+    if not second_pass:
+        total = [taps.weighted_sum(*pair, c_GU[g]) for *pair, g in zip(plans, found, group, strict=True)]
+        return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
+
+    # A unit that is not finite would make 0 * NaN of its part: put a finite one in its place, and count it 0.
+    finite_U = jnp.all(jnp.isfinite(norm_GU), axis=0)
+    first_U = jnp.where(finite_U, jnp.arange(units), jnp.argmax(finite_U))
+    row_B = (first_U[:, None] * how.rows + jnp.arange(how.rows)[None]).reshape(-1)
+
+    def again(pull):
+        return [pull(c_GU[g])[0] for g in range(c_GU.shape[0])]
+
+    def without_bad():
+        replaced = jax.tree.map(lambda x: x[row_B], batch)
+        sums = again(jax.vjp(tapped(_unit_losses(losses, replaced, key, how)[0]), leaves, empty)[1])
+        return jax.tree.map(lambda x: jnp.where(jnp.any(finite_U), x, 0), sums)
+
+    sums_G = jax.lax.cond(jnp.all(finite_U), lambda: again(pull), without_bad)
+    total = [sums_G[g][i].astype(jnp.float32) for i, g in enumerate(group)]
+    return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
+
+
+ESTIMATORS = {
+    "vmap": _vmap,
+    "ghost": functools.partial(_tapped, second_pass=True),
+    "bookkeep": functools.partial(_tapped, second_pass=False),
+}
+ESTIMATORS["auto"] = ESTIMATORS["bookkeep"]

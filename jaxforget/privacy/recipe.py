@@ -1,0 +1,65 @@
+"""From settings to the parts of a private run: one mechanism behind sampler, clipping, noise and accountant."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from jaxforget.data.tokens import Examples
+from jaxforget.privacy.accounting import Mechanism, PrivacyConfig, mechanism
+from jaxforget.privacy.clipping import Clipping
+from jaxforget.privacy.noise import Adaptive, gaussian_noise, private_gradient, set_privacy
+from jaxforget.privacy.sampling import PoissonBatches, population
+from jaxforget.training.optimizer import TrainConfig, adamw
+from jaxforget.training.step import Estimator, State
+
+
+class PrivateRun(NamedTuple):
+    """What a step and a loop need to be private."""
+
+    mechanism: Mechanism
+    batches: PoissonBatches
+    gradient: Estimator
+    optimizer: optax.GradientTransformation
+    prepare: Callable[[State], State]  # writes bound and noise into a fresh state
+
+
+def private_run(config: PrivacyConfig, train: TrainConfig, examples: Examples, seed: int, unit: str) -> PrivateRun:
+    """Resolve the settings for these examples. `train.batch_size` is the expected number of units of a batch.
+
+    The norm of the noisy gradient is not clipped again: it is mostly noise. Raises UserError as `mechanism` does.
+    """
+    units = population(examples)
+    steps = train.epochs * -(-units // train.batch_size)
+    how = mechanism(config, population=units, batch=train.batch_size, steps=steps, unit=unit)
+    microbatch = train.microbatch_of(train.batch_size)
+    batches = PoissonBatches(examples, how, seed, microbatch or 1)
+    clipping = Clipping(config.estimator, batches.members, config.groups, config.auto_s)
+    multiplier, adaptive = how.noise_std / how.clip, None
+    if config.quantile is not None:
+        adaptive = Adaptive(config.quantile, rate=0.2, noise=train.batch_size / 20)
+        multiplier = adaptive_multiplier(multiplier, adaptive.noise)
+    return PrivateRun(
+        how, batches, private_gradient(clipping, float(train.batch_size), microbatch, adaptive),
+        optax.chain(gaussian_noise(), adamw(dataclasses.replace(train, max_grad_norm=0.0))),
+        lambda state: set_privacy(state, bound=config.clip, multiplier=multiplier),
+    )  # fmt: skip
+
+
+def adaptive_multiplier(total: float, count_noise: float) -> float:
+    """Return the multiplier left for gradients when a count with this noise is released too. Source: arXiv 1905.03871.
+
+    (total^-2 - (2 count_noise)^-2)^-1/2: both releases together then cost what one with multiplier `total` does.
+    """
+    if not total:
+        return 0.0
+    return 1.0 / math.sqrt(total**-2 - (2.0 * count_noise) ** -2)
+
+
+def stated(run: PrivateRun) -> dict[str, Any]:
+    """Return what every result of a private run states, each field with `dp_` before it."""
+    return {f"dp_{name}": value for name, value in run.mechanism.row().items()}
