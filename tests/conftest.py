@@ -20,9 +20,18 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 def pytest_configure(config):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two workers share an accelerator, if there is one
+    # Programs here are many and small: half of the suite's time would be LLVM's. Commands that tests start inherit it.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_freed():
+    """Compiled programs hold memory maps, of which Linux grants a process 65,530: beyond, it crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from jaxforget.metrics.language import language_metrics, masked_once, token_scor
 from jaxforget.models.adapters import check_adapter, save_adapter
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.clipping import check_units_apart
-from jaxforget.privacy.recipe import private_run, stated
+from jaxforget.privacy.recipe import private_run
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
@@ -153,10 +153,9 @@ def run(config: Config) -> None:
         unit = "block" if config.text.text_mode == "pack" else "record"
         examples = sets["train"] if unit == "block" else with_units(sets["train"], {r.id for r in kept}, unit_of)
         private = private_run(config.dp, config.train, examples, config.seed, unit)
-        _, batches, gradient, optimizer, prepare = private
+        _, batches, gradient, optimizer, prepare, about = private
         step = make_step(objective, moving, gradient, optimizer)
         check(step, objective, parts, batches)
-        about = stated(private)
         command.say("epsilon {dp_epsilon:.4g} at delta {dp_delta:.3g} for one {dp_unit} ({dp_relation}), {dp_sampler} "
                     "sampling, noise multiplier {dp_sigma:g}".format(**about))  # fmt: skip
         if config.data and not (config.tokenizer or config.model):
@@ -195,8 +194,9 @@ def run(config: Config) -> None:
                 ("Training loss", "Each point is one batch.", curve)]  # fmt: skip
     if private:
         promise = {name.removeprefix("dp_"): value for name, value in about.items() if value is not None}
-        note = ("Holds for the released model of this one run, not for choices made by looking at several; losses, "
-                "norms and batch sizes on this page are computed from the data and are not private.")  # fmt: skip
+        note = ("Holds for the weights that this one run leaves, as long as --seed is secret: who knows it can repeat "
+                "the noise. Not for choices made by looking at several runs, a tokenizer or class names taken from the "
+                "training text, and the losses, norms and token counts written beside the weights.")  # fmt: skip
         sections.append(("Differential privacy", note, table([{"name": config.dp.sampler, **promise}],
                                                              ("name", *promise))))  # fmt: skip
     write_page(
@@ -228,6 +228,10 @@ def augmented(records: list[Record], config: Config) -> tuple[list[Record], dict
 
 def with_units(examples, ids: set[str], unit_of: dict[str, str]):
     """Say which record every example belongs to: its chunks and its counterfactual are one unit of privacy."""
+    own = (identity for identity in examples.ids if identity in ids and unit_of.get(identity, identity) == identity)
+    if clash := next((identity for identity in own if identity.rpartition("#")[0] in ids), None):
+        raise UserError(f"record id {clash!r} could be a chunk of another record; give records other ids, as their "
+                        "chunks would be protected apart")  # fmt: skip
     whole = [identity if identity in ids else identity.rpartition("#")[0] for identity in examples.ids]  # not a chunk
     unit_N = id_keys([unit_of.get(identity, identity) for identity in whole])
     return dataclasses.replace(examples, columns={**examples.columns, "unit": unit_N})

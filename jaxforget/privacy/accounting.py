@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -73,6 +74,11 @@ class PrivacyConfig:
     """Let clip follow this quantile of the norms, starting from its value."""
 
     def __post_init__(self):
+        for pattern in self.groups:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"group pattern {pattern!r} is not a regular expression: {error}") from None
         if self.quantile is not None and not 0 < self.quantile < 1:
             raise UserError(f"quantile is {self.quantile}; it must be between 0 and 1")
         if self.quantile is not None and (self.auto_s or self.groups):
@@ -89,6 +95,9 @@ class PrivacyConfig:
         if (self.cap is not None) != (self.sampler == "truncated") or (self.cap is not None and self.cap < 1):
             needs = "truncated needs a cap of at least 1, others take none"
             raise UserError(f"cap is {self.cap} with sampler {self.sampler}; {needs}")
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        if given and not self.private:
+            raise UserError(f"{given[0]} is given without epsilon or noise: training would not be private")
 
     @property
     def private(self) -> bool:

@@ -73,6 +73,7 @@ def clipped_sum(losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: 
 
 def check_units_apart(losses, trainable: PyTree, batch: Batch, key: jax.Array) -> None:
     """Raise UserError where the loss of a row depends on other rows: its gradient then is not that of one unit."""
+    batch = jax.tree.map(lambda x: x[:4], batch)
     first = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
     run = jax.jit(lambda batch: losses(trainable, batch, key)[0])
     among, alone = float(run(batch)), float(run(first))
@@ -156,32 +157,39 @@ def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass:
     empty = [taps.zeros(plan, units) for plan in plans]
     group = _groups(trainable, how)
 
-    def tapped(run):
-        return lambda leaves, tap: run(treedef.unflatten(map(Tapped, leaves, tap, specs)))
+    def pull_of(run):
+        # Nothing is differentiated by the parameters themselves: in half precision their cotangents would be rounded
+        # after the sum over units, by more than what one unit may add.
+        loss_U, pull = jax.vjp(lambda tap: run(treedef.unflatten(map(Tapped, leaves, tap, specs))), empty)
+        return loss_U, lambda weight_U: pull(weight_U)[0]
 
-    loss_U, pull = jax.vjp(tapped(run), leaves, empty)
-    found = pull(jnp.ones_like(loss_U))[1]
+    loss_U, pull = pull_of(run)
+    found = pull(jnp.ones_like(loss_U))
     square = [taps.squared_norm(plan, tap) for plan, tap in zip(plans, found, strict=True)]
     norm_GU, c_GU = _coefficients(square, group, real_U, bound, how)
-    if not second_pass:
-        total = [taps.weighted_sum(*pair, c_GU[g]) for *pair, g in zip(plans, found, group, strict=True)]
-        return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
+    summed = [i for i, plan in enumerate(plans) if plan.form == "norm"]
+    total = [
+        None if plan.form == "norm" else taps.weighted_sum(plan, tap, c_GU[g])
+        for plan, tap, g in zip(plans, found, group, strict=True)
+    ]
+    if summed:
+        # A unit that is not finite would make 0 * NaN of its part: put a finite one in its place, and count it 0.
+        finite_U = jnp.all(jnp.isfinite(norm_GU), axis=0)
+        first_U = jnp.where(finite_U, jnp.arange(units), jnp.argmax(finite_U))
+        row_B = (first_U[:, None] * how.rows + jnp.arange(how.rows)[None]).reshape(-1)
 
-    # A unit that is not finite would make 0 * NaN of its part: put a finite one in its place, and count it 0.
-    finite_U = jnp.all(jnp.isfinite(norm_GU), axis=0)
-    first_U = jnp.where(finite_U, jnp.arange(units), jnp.argmax(finite_U))
-    row_B = (first_U[:, None] * how.rows + jnp.arange(how.rows)[None]).reshape(-1)
+        def again(pull):
+            found_G = [pull(c_G) for c_G in c_GU]
+            return [taps.second_sum(found_G[group[i]][i]) for i in summed]
 
-    def again(pull):
-        return [pull(c_GU[g])[0] for g in range(c_GU.shape[0])]
+        def without_bad():
+            replaced = jax.tree.map(lambda x: x[row_B], batch)
+            sums = again(pull_of(_unit_losses(losses, replaced, key, how)[0])[1])
+            return [jnp.where(jnp.any(finite_U), x, 0) for x in sums]
 
-    def without_bad():
-        replaced = jax.tree.map(lambda x: x[row_B], batch)
-        sums = again(jax.vjp(tapped(_unit_losses(losses, replaced, key, how)[0]), leaves, empty)[1])
-        return jax.tree.map(lambda x: jnp.where(jnp.any(finite_U), x, 0), sums)
-
-    sums_G = jax.lax.cond(jnp.all(finite_U), lambda: again(pull), without_bad)
-    total = [sums_G[g][i].astype(jnp.float32) for i, g in enumerate(group)]
+        sums = jax.lax.cond(jnp.all(finite_U), lambda: again(pull), without_bad)
+        for i, sum_ in zip(summed, sums, strict=True):
+            total[i] = sum_
     return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
 
 

@@ -19,11 +19,14 @@ import optax
 from jaxforget.privacy.clipping import Clipping, clipped_sum
 from jaxforget.training.step import Estimator, State
 
+COUNT = 0x434F554E  # what a key is for: the noise on the count. Splits of the same key have small numbers
+
 
 class Adaptive(NamedTuple):
     """Settings of an adaptive bound C, geometric updates towards a quantile of the norms. Source: arXiv 1905.03871.
 
-    C <- C exp(-rate * (b - quantile)), b the noisy share of units within C; noise: standard deviation on their number.
+    C <- C exp(-rate * (b - quantile)), b the noisy share of units within C. noise: standard deviation on the sum over
+    units of [norm <= C] - 1/2. One unit changes it by 1/2; by 1 if it is replaced, when gradients' noise doubles too.
     """
 
     quantile: float
@@ -77,11 +80,14 @@ def private_gradient(
         total, sums = jax.lax.fori_loop(0, used, lambda i, sum_: jax.tree.map(jnp.add, sum_, part(i)), zero)
         good = jnp.maximum(sums["good"], 1.0)
         report = {name: sums[name] / good for name in ("loss", "norm", "clipped")}
+        diverged = (sums["good"] == 0) & (sums["units"] > 0)
+        report["loss"] = jnp.where(diverged, jnp.nan, report["loss"])
         report |= {"units": sums["units"], "bad": sums["units"] - sums["good"], "bound": memory.bound,
                    "sensitivity": how.sensitivity(memory.bound) / expected_units}  # fmt: skip
         if adaptive is not None:
-            within = sums["good"] - sums["clipped"]
-            noisy = (within + adaptive.noise * jax.random.normal(jax.random.fold_in(key, 1))) / expected_units
+            centred = sums["good"] / 2 - sums["clipped"]
+            centred += adaptive.noise * jax.random.normal(jax.random.fold_in(key, COUNT))
+            noisy = centred / expected_units + 0.5
             memory = ClipState(memory.bound * jnp.exp(-adaptive.rate * (noisy - adaptive.quantile)))
         return memory, report, jax.tree.map(lambda x: x / expected_units, total)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import optax
 
 from jaxforget.data.tokens import Examples
+from jaxforget.errors import UserError
 from jaxforget.privacy.accounting import Mechanism, PrivacyConfig, mechanism
 from jaxforget.privacy.clipping import Clipping
 from jaxforget.privacy.noise import Adaptive, gaussian_noise, private_gradient, set_privacy
@@ -26,6 +27,7 @@ class PrivateRun(NamedTuple):
     gradient: Estimator
     optimizer: optax.GradientTransformation
     prepare: Callable[[State], State]  # writes bound and noise into a fresh state
+    about: dict[str, Any]  # what every result states, each field with `dp_` before it
 
 
 def private_run(config: PrivacyConfig, train: TrainConfig, examples: Examples, seed: int, unit: str) -> PrivateRun:
@@ -43,10 +45,14 @@ def private_run(config: PrivacyConfig, train: TrainConfig, examples: Examples, s
     if config.quantile is not None:
         adaptive = Adaptive(config.quantile, rate=0.2, noise=train.batch_size / 20)
         multiplier = adaptive_multiplier(multiplier, adaptive.noise)
+    about = how.row() | {"auto_s": True, "clip": None} if config.auto_s else how.row()
+    if adaptive is not None:
+        about |= {"clip_quantile": adaptive.quantile, "clip_count_noise": adaptive.noise}
     return PrivateRun(
         how, batches, private_gradient(clipping, float(train.batch_size), microbatch, adaptive),
         optax.chain(gaussian_noise(), adamw(dataclasses.replace(train, max_grad_norm=0.0))),
         lambda state: set_privacy(state, bound=config.clip, multiplier=multiplier),
+        {f"dp_{name}": value for name, value in about.items()},
     )  # fmt: skip
 
 
@@ -57,9 +63,7 @@ def adaptive_multiplier(total: float, count_noise: float) -> float:
     """
     if not total:
         return 0.0
+    if total >= 2.0 * count_noise:
+        raise UserError(f"noise {total:g} is more than the adaptive bound's count can have with this batch, "
+                        f"{2.0 * count_noise:g}; give a larger batch, or leave out quantile")  # fmt: skip
     return 1.0 / math.sqrt(total**-2 - (2.0 * count_noise) ** -2)
-
-
-def stated(run: PrivateRun) -> dict[str, Any]:
-    """Return what every result of a private run states, each field with `dp_` before it."""
-    return {f"dp_{name}": value for name, value in run.mechanism.row().items()}

@@ -35,16 +35,18 @@ def population(examples: Examples) -> int:
 class PoissonBatches:
     """Batches of one set of examples by the sampler of `mechanism`, with the interface of training.batches.Batches.
 
-    A batch has a fixed number of rows: the largest draw of the whole run, rounded up to whole micro-batches of
-    `microbatch` units. The rows of a unit stand together, real units first. Columns as Batches gives; `weight_B` is 1
-    for a real row and 0 for padding, which repeats a real row, inside a unit or as a unit of its own. A step may draw
-    nothing: then all weights are 0. Draws, and so the number of rows, are not private (the guarantee is about models).
+    A batch has a fixed number of rows: the largest draw of the whole run, or `at_least` units, which gives runs side by
+    side one shape, rounded up to whole micro-batches of `microbatch` units. The rows of a unit stand together, real
+    units first. Columns as Batches gives; `weight_B` is 1 for a real row and 0 for padding, which repeats a real row,
+    inside a unit or as a unit of its own. A step may draw nothing: then all weights are 0. Draws, and so the number of
+    rows, are not private (the guarantee is about models).
     """
 
     examples: Examples
     mechanism: Mechanism
     seed: int
     microbatch: int = 1
+    at_least: int = 1
 
     def __post_init__(self):
         if not len(self.examples):
@@ -100,7 +102,7 @@ class PoissonBatches:
     def units(self) -> int:
         """Units of a physical batch, U."""
         most = max(len(chosen) for chosen in self.draws)
-        return -(-max(most, 1) // self.microbatch) * self.microbatch
+        return -(-max(most, self.at_least) // self.microbatch) * self.microbatch
 
     @property
     def steps(self) -> int:

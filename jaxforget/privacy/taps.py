@@ -8,7 +8,7 @@ holds, leaf by leaf, the smallest thing that its norm and its sum over units can
                 parameter with several uses, since their gradients add up in it
     factors     a and b, and the squared norm: large kernels with one use, look-up tables, and a table tied to the
                 output head, whose two uses have a cross term
-    norm        the squared norm alone; the sum then takes a second backward pass
+    norm        the squared norm, and the sum over units, which takes a second backward pass with weighted losses
 
 Sources: the Gram trick, arXiv 1510.01799; book-keeping, arXiv 2210.00038; the tied table's cross term is derived in
 `_tied`. A unit is what privacy protects: one example, or k that stand together in the batch, such as an original and
@@ -61,7 +61,13 @@ class Spec:
             return jnp.zeros(shape, jnp.float32)
         if self.form == "explicit":
             return EXPLICIT[use](a, b, shape)
-        return {"square": _square(use, a, b)} | ({"a": a, "b": b} if self.form == "factors" else {})
+        tap = {"square": _square(use, a, b), "count": jnp.ones(self.units)}
+        return tap | ({"a": a, "b": b} if self.form == "factors" else {"sum": _total(use, a, b, shape)})
+
+
+def _float32(formula: str, a, b):
+    # highest: an accelerator's default for float32 has 3 digits. Half precision is multiplied exactly anyway.
+    return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32, precision="highest")
 
 
 def _rows_summed(ids_UN, b_UND, shape):
@@ -72,7 +78,16 @@ def _rows_summed(ids_UN, b_UND, shape):
 
 
 def _outer(a_UND, b_UNF):
-    return jnp.einsum("und,unf->udf", a_UND, b_UNF, preferred_element_type=jnp.float32)
+    return _float32("und,unf->udf", a_UND, b_UNF)
+
+
+def _total(use: str, a, b, shape):
+    """Return the sum of gradients over all units, float32."""
+    if use == "gather":
+        ids = a.reshape(-1).astype(jnp.int32)
+        return jnp.zeros(shape, jnp.float32).at[ids].add(b.reshape(-1, b.shape[-1]).astype(jnp.float32), mode="drop")
+    a, b = (b, a) if use == "score" else (a, b)
+    return _float32("md,mf->df", a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))
 
 
 EXPLICIT = {
@@ -85,7 +100,7 @@ EXPLICIT = {
 
 
 def _gram(a_UND, b_UMD):
-    return jnp.einsum("und,umd->unm", a_UND, b_UMD, preferred_element_type=jnp.float32)
+    return _float32("und,umd->unm", a_UND, b_UMD)
 
 
 def _square(use: str, a, b):
@@ -151,10 +166,15 @@ def plan(
     if missing := [path for path, uses in zip(paths, seen, strict=True) if not uses]:
         raise UserError(f"per-example gradients: no operation tells of {', '.join(missing)}; freeze what the objective "
                         "does not use, or use the estimator vmap")  # fmt: skip
-    return [
-        Plan(_form(uses, units, second_pass), tuple(uses), leaf.shape[: leaf.ndim - len(uses[0].shape)])
-        for leaf, uses in zip(leaves, seen, strict=True)
-    ]
+    return [_plan(leaf, uses, units, second_pass) for leaf, uses in zip(leaves, seen, strict=True)]
+
+
+def _plan(leaf, uses: list[Use], units: int, second_pass: bool) -> Plan:
+    lead = leaf.shape[: leaf.ndim - len(uses[0].shape)]
+    layers = math.prod(lead)
+    if lead and len(uses) % layers == 0:  # unrolled: every layer was seen
+        uses = uses[: len(uses) // layers]
+    return Plan(_form(uses, units, second_pass), tuple(uses), lead)
 
 
 def _form(uses: list[Use], units: int, second_pass: bool) -> str:
@@ -172,11 +192,14 @@ def zeros(plan: Plan, units: int) -> PyTree:
     """Return what the leaf of this plan is tapped with."""
     if plan.form == "explicit":
         return jnp.zeros((*plan.lead, units, *plan.uses[0].shape), jnp.float32)
-    taps = {use.kind: {"square": jnp.zeros((*plan.lead, units), jnp.float32)} for use in plan.uses}
-    if plan.form == "factors":
-        for use in plan.uses:
+    taps = {}
+    for use in plan.uses:
+        taps[use.kind] = {name: jnp.zeros((*plan.lead, units), jnp.float32) for name in ("square", "count")}
+        if plan.form == "factors":
             taps[use.kind] |= {"a": jnp.zeros(plan.lead + use.a.shape, use.a.dtype),
                                "b": jnp.zeros(plan.lead + use.b.shape, use.b.dtype)}  # fmt: skip
+        else:
+            taps[use.kind]["sum"] = jnp.zeros((*plan.lead, *use.shape), jnp.float32)
     return taps
 
 
@@ -186,7 +209,16 @@ def squared_norm(plan: Plan, tap: PyTree) -> jax.Array:
         axis = len(plan.lead)
         return jnp.sum(jnp.square(tap), axis=[i for i in range(tap.ndim) if i != axis])
     square = _tied(tap) if len(tap) > 1 else next(iter(tap.values()))["square"]
+    # A use that was traced once and ran more often added its parts up, which are then worth nothing.
+    for parts in tap.values():
+        square = jnp.where(parts["count"] == 1, square, jnp.nan)
     return jnp.sum(square, axis=tuple(range(len(plan.lead))))
+
+
+def second_sum(tap: PyTree) -> jax.Array:
+    """Return the sum over units that a backward pass with weighted losses left in a tap of the form norm."""
+    (only,) = tap.values()
+    return only["sum"]
 
 
 def weighted_sum(plan: Plan, tap: PyTree, weight_U: jax.Array) -> jax.Array:
@@ -197,10 +229,13 @@ def weighted_sum(plan: Plan, tap: PyTree, weight_U: jax.Array) -> jax.Array:
     lead, shape = plan.lead, plan.uses[0].shape
     if plan.form == "explicit":
         tap = _without(tap, weight_U, len(lead))
-        return jnp.tensordot(weight_U, tap, axes=(0, len(lead)))  # scaling and then adding takes several times longer
+        # Scaling and then adding would take several times longer.
+        return jnp.tensordot(weight_U, tap, axes=(0, len(lead)), precision="highest")
     total = 0.0
     for kind, parts in tap.items():
         a, b = (_without(parts[name], weight_U, len(lead)) for name in ("a", "b"))
+        if b.dtype != jnp.float32:  # rounding may not lengthen what one unit adds
+            weight_U = weight_U * (1.0 - 2.0**-7)
         b = b * weight_U.astype(b.dtype).reshape(*(1 for _ in lead), -1, 1, 1)
         b = b.reshape(*lead, -1, b.shape[-1])
         if kind == "gather":
@@ -211,7 +246,7 @@ def weighted_sum(plan: Plan, tap: PyTree, weight_U: jax.Array) -> jax.Array:
         else:
             a = a.reshape(*lead, -1, a.shape[-1])
             a, b = (b, a) if kind == "score" else (a, b)
-            total += jnp.einsum("...md,...mf->...df", a, b, preferred_element_type=jnp.float32)
+            total += _float32("...md,...mf->...df", a, b)
     return total
 
 

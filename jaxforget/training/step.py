@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# What a key is for; large, since splits of a key have small numbers.
+RUN, OPTIMIZER = 0x52554E, 0x4F5054
+
 PyTree = Any
 Parts = dict[str, PyTree]
 Batch = dict[str, jax.Array]
@@ -35,7 +38,7 @@ class State(NamedTuple):
     trainable: PyTree
     opt_state: PyTree
     memory: PyTree  # of the gradient estimator; () for most
-    key: jax.Array  # typed key of the run; step n uses fold_in(key, n)
+    key: jax.Array  # typed key of the steps; step n uses fold_in(key, n)
 
 
 class Trainable(NamedTuple):
@@ -82,7 +85,8 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
         # The step donates its state. A leaf that also lives in `frozen` or with the caller must not go with it.
         moving = jax.tree.map(lambda x: jnp.array(x, copy=True), moving)
         frozen = jax.tree.map(jnp.asarray, frozen)  # on the device once, not at every call
-        return State(jnp.int32(0), moving, optimizer.init(moving), gradient.init(moving), jax.random.clone(key)), frozen
+        key = jax.random.fold_in(key, RUN)
+        return State(jnp.int32(0), moving, optimizer.init(moving), gradient.init(moving), key), frozen
 
     def update(state: State, frozen: Parts, batch: Batch):
         def losses(moving, batch, key):
@@ -91,7 +95,7 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
         key = jax.random.fold_in(state.key, state.step)
         memory, report, grads = gradient.estimate(state.memory, losses, state.trainable, batch, key)
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.trainable, key=jax.random.fold_in(key, 0), report=report
+            grads, state.opt_state, state.trainable, key=jax.random.fold_in(key, OPTIMIZER), report=report
         )
         moved = optax.apply_updates(state.trainable, updates)
         metrics = {**report, "grad_norm": optax.tree.norm(grads)}

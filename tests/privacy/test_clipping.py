@@ -13,8 +13,10 @@ import pytest
 
 from jaxforget.errors import UserError
 from jaxforget.models import gpt2
+from jaxforget.models.layers import linear
 from jaxforget.models.model import build
 from jaxforget.privacy import taps
+from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.clipping import Clipping, check_units_apart, clipped_sum
 from jaxforget.privacy.noise import Adaptive, gaussian_noise, private_gradient, set_privacy
 from jaxforget.privacy.recipe import adaptive_multiplier
@@ -275,6 +277,34 @@ def test_batch_coupling_is_refused(small):
         check_units_apart(lambda m, b, k: losses(m, b, k) - jnp.mean(losses(m, b, k)), moving, batch, KEY)
 
 
+@pytest.mark.parametrize("name", TAPPED)
+def test_half_precision_keeps_the_bound(name):
+    """64 units that all point the same way, so that the sum is long and its rounding would be too."""
+    model = build(SMALL, dtype="bfloat16")
+    losses, moving = setting(model, model.init(KEY))
+    batch = jax.tree.map(lambda x: jnp.repeat(x[:1], 64, axis=0), batch_of(rows=1, tokens=4))
+    one_less = batch | {"weight": batch["weight"].at[0].set(0.0)}
+    for bound in (0.1, 0.137, 0.19):
+        with_, without = (clipped(losses, moving, b, bound, Clipping(name)).total for b in (batch, one_less))
+        change = float(optax.tree.norm(jax.tree.map(jnp.subtract, with_, without)))
+        assert 0.98 * bound < change <= bound * (1 + 1e-4)
+
+
+def test_a_use_traced_once_and_run_twice_is_no_use():
+    """Its norm would be that of parts, not of their sum: it becomes NaN, and the loss says so."""
+    x_BD, kernel = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 3)) * 0.3}
+
+    def losses(moving, batch, key):
+        twice = jax.lax.scan(lambda x, _: (jnp.tanh(linear(x, moving["kernel"])), None), x_BD, None, length=2)[0]
+        return jnp.sum(twice * batch["x"], axis=1)
+
+    batch = {"x": jnp.arange(12.0).reshape(4, 3), "weight": jnp.ones(4)}
+    assert np.isfinite(clipped(losses, kernel, batch, 1.0, Clipping("vmap")).norm_GU).all()
+    for name in TAPPED:
+        found = clipped(losses, kernel, batch, 1.0, Clipping(name))
+        assert np.isnan(found.norm_GU).all() and not np.any(found.total["kernel"])
+
+
 # ----------------------------------------------------------------------------------------------------- in the step
 def private_step(microbatch=None, adaptive=None, expected=8.0, rate=1.0):
     model = build(SMALL)
@@ -339,6 +369,41 @@ def test_adaptive_bound_follows_the_quantile():
     assert np.sort(norms)[0] * 0.9 < state.memory.bound < np.sort(norms)[2] * 1.1
     golden = {(1.0, 10.0): 1.001252, (1.0, 1.0): 1.154701, (0.8, 5.0): 0.802572}
     assert {pair: round(adaptive_multiplier(*pair), 6) for pair in golden} == golden
+
+
+def test_the_adaptive_count_changes_by_half_a_unit():
+    """What is released is the sum of [norm <= C] - 1/2, whose sensitivity the noise is made for."""
+    adaptive = Adaptive(quantile=0.5, rate=1.0, noise=0.0)
+    step, start = private_step(adaptive=adaptive, rate=0.0, expected=8.0)
+    batch = batch_of(rows=8, tokens=6)
+    for bound in (1e-3, 1e3):  # all beyond it, all within
+        logs = []
+        for weight in (jnp.ones(8), jnp.ones(8).at[3].set(0.0)):
+            logs.append(float(jnp.log(moved(step, start, batch | {"weight": weight}, bound=bound)[2].memory.bound)))
+        assert abs(logs[0] - logs[1]) * 8.0 == pytest.approx(0.5, abs=1e-4)
+
+
+def test_divergence_shows():
+    """Without a finite unit the loss is NaN, so that the loop stops; without any unit it is 0."""
+    step, (state, frozen) = private_step()
+    broken = state._replace(trainable=jax.tree.map(lambda x: x * jnp.nan, state.trainable))
+    assert np.isnan(jax.jit(step.update)(broken, frozen, batch_of(rows=4, tokens=6))[1]["loss"])
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"clip": 0.5}, "clip is given without epsilon or noise: training would not be private"),
+    ({"noise": 1.0, "groups": ("(",)}, "group pattern '\\(' is not a regular expression"),
+    ({"noise": 1.0, "quantile": 1.5}, "quantile is 1.5; it must be between 0 and 1"),
+    ({"noise": 1.0, "quantile": 0.5, "auto_s": True}, "quantile adapts one bound"),
+], ids=lambda value: "")  # fmt: skip
+def test_settings(settings, said):
+    with pytest.raises(UserError, match=said):
+        PrivacyConfig(**settings)
+
+
+def test_noise_that_leaves_nothing_for_the_count_is_refused():
+    with pytest.raises(UserError, match="noise 2 is more than the adaptive bound's count can have .* batch, 1.6"):
+        adaptive_multiplier(2.0, 0.8)
 
 
 def test_members_of_different_levels_share_one_program():

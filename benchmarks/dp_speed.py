@@ -1,0 +1,239 @@
+"""What clipping every record's gradient costs: time and memory of a step by each estimator, against a plain step.
+
+    python -m benchmarks.dp_speed --width 768 --layers 4 --vocab-size 50257
+
+All ways compute the same model in one run, in turns, and a ratio is that of one turn; their median counts. Memory is
+what the compiled step allocates besides its arguments. Peers are measured where they are installed: jax_privacy on
+the same losses, Opacus (hooks and ghost clipping) on transformers' GPT-2 of the same shape, against torch's own step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxforget import command
+from jaxforget.errors import UserError
+from jaxforget.models import gpt2
+from jaxforget.models.layers import REMAT
+from jaxforget.models.model import DTYPES, build
+from jaxforget.privacy.clipping import Clipping
+from jaxforget.privacy.noise import gaussian_noise, private_gradient
+from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.run import Run
+from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.objectives import next_token
+from jaxforget.training.step import make_step
+from jaxforget.training.trainable import everything
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure what private gradients cost."""
+
+    out: Path | None = None
+    """Directory for everything the run leaves. Must be empty."""
+    width: int = 256
+    """Width of a GPT-2."""
+    layers: int = 4
+    """Its blocks."""
+    vocab_size: int = 8192
+    """Its vocabulary, tied."""
+    context: int = 128
+    """Tokens of a record."""
+    batch_size: int = 16
+    """Records of a batch."""
+    microbatch: int = 4
+    """Records at a time, for the ways that have micro-batches."""
+    remat: str = "none"
+    """What the backward pass computes again."""
+    dtype: str = "float32"
+    """Of activations."""
+    scan_layers: bool = True
+    """One compiled block for all layers."""
+    whole: bool = True
+    """Also without micro-batches."""
+    repeats: int = 5
+    """Turns."""
+
+
+def small() -> Config:
+    """width 256, 4 layers, vocabulary 8192: a few minutes on two CPU cores"""
+    return Config()
+
+
+def wide() -> Config:
+    """the width and vocabulary of GPT-2, 4 layers, half a batch of it: about ten minutes on two CPU cores"""
+    return Config(width=768, vocab_size=50257, batch_size=8, repeats=3)
+
+
+PRESETS = {"small": small, "wide": wide}
+FIELDS = ("name", "seconds", "times_plain", "times_plain_low", "times_plain_high", "memory_mb", "memory_times_plain",
+          "compile_seconds")  # fmt: skip
+
+
+def run(config: Config) -> None:
+    """Compile every way, then run them in turns."""
+    command.at_least(1, width=config.width, layers=config.layers, batch_size=config.batch_size, repeats=config.repeats)
+    for name, value, valid in (("remat", config.remat, REMAT), ("dtype", config.dtype, DTYPES)):
+        if value not in valid:
+            raise UserError(f"--{name} is {value!r}; supported: {', '.join(valid)}")
+    if config.batch_size % config.microbatch:
+        raise UserError(f"--microbatch {config.microbatch} does not divide the batch of {config.batch_size}")
+    out = Run("benchmarks.dp_speed", config, config.out, None)
+    out.begin()
+    ways = {**ours(config), **jax_privacy(config)}
+    rows = measure(config, ways)
+    peers = opacus(config)
+    if peers:
+        rows += measure(config, peers)
+    document = out.finish(rows)
+
+    def draw(axes):
+        shown = [row for row in rows if row["times_plain"]]
+        axes.barh([row["name"] for row in shown], [row["times_plain"] for row in shown], height=0.6)
+        axes.invert_yaxis()
+        axes.axvline(1, color="0.5", lw=0.8)
+        axes.set(xlabel="time of a step / plain step")
+
+    write_page(out.directory / "report.html", "What private gradients cost", f"{document['device']}.",
+               [("Steps", "Ratios are to the plain step with the same micro-batches; medians of turns, with the lowest "
+                 "and highest.", f"<div class='plots'>{figure(draw)}</div>{table(rows, FIELDS)}")],
+               document["config"])  # fmt: skip
+    command.print_table(rows, FIELDS, f"benchmarks.dp_speed · {out.directory}")
+
+
+Way = tuple[Callable[[], Any], str, float | None, float]  # one step, the way it is compared with, memory, compilation
+
+
+def model_of(config: Config):
+    """Return the model, its parameters and a batch of full records."""
+    heads = max(1, config.width // 64)
+    shape = gpt2.Config(vocab_size=config.vocab_size, n_positions=config.context, n_embd=config.width,
+                        n_layer=config.layers, n_head=heads)  # fmt: skip
+    model = build(shape, dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers)
+    rng = np.random.default_rng(0)
+    token_BT = rng.integers(0, config.vocab_size, (config.batch_size, config.context + 1)).astype(np.int32)
+    ones = jnp.ones(config.batch_size)
+    batch = {"tokens": token_BT[:, :-1], "labels": token_BT[:, 1:], "weight": ones, "factor": ones}
+    return model, model.init(jax.random.key(0)), jax.tree.map(jnp.asarray, batch)
+
+
+def ours(config: Config) -> dict[str, Way]:
+    """Compile the plain step and that of every estimator, with micro-batches and without."""
+    model, params, batch = model_of(config)
+    ways = {}
+    for size in (None, config.microbatch) if config.whole else (config.microbatch,):
+        about = f", micro-batch {size}" if size else ""
+        gradients = {"plain": (mean_gradient(size), optax.identity())}
+        for name in ("bookkeep", "ghost", "vmap"):
+            gradients[name] = private_gradient(Clipping(name), float(config.batch_size), size), gaussian_noise()
+        for name, (gradient, noise) in gradients.items():
+            step = make_step(next_token(model), everything(), gradient, optax.chain(noise, optax.adam(1e-4)))
+            state, frozen = step.init(jax.random.key(0), {"model": params})
+            ways[name + about] = compiled(step.update, (state, frozen, batch), f"plain{about}")
+    return ways
+
+
+def compiled(function, arguments, against: str) -> Way:
+    """Compile a function, and say what memory it takes."""
+    command.say(f"compiling for {against}")
+    began = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    took = time.perf_counter() - began
+    memory = program.memory_analysis()
+    megabytes = memory.temp_size_in_bytes / 1e6 if memory is not None else None
+    return lambda: jax.block_until_ready(program(*arguments)), against, megabytes, took
+
+
+def jax_privacy(config: Config) -> dict[str, Way]:
+    """Compile jax_privacy's clipped gradient of the same losses, noise and Adam left out."""
+    try:
+        from jax_privacy import clipped_grad
+    except ImportError:
+        command.say("jax_privacy is not installed; left out")
+        return {}
+    model, params, batch = model_of(config)
+    objective = next_token(model)
+
+    def loss(params, one):
+        return jnp.mean(objective({"model": params}, one, None))
+
+    ways = {}
+    for size in (None, config.microbatch):
+        gradient = clipped_grad(loss, l2_clip_norm=0.1, batch_argnums=1, keep_batch_dim=True, microbatch_size=size)
+        about = f", micro-batch {size}" if size else ""
+        ways[f"jax_privacy{about}"] = compiled(gradient, (params, batch), f"plain{about}")
+    return ways
+
+
+def opacus(config: Config) -> dict[str, Way]:
+    """Make steps of Opacus and of torch alone, on transformers' GPT-2 of the same shape with an untied head."""
+    try:
+        import torch
+        import transformers
+        from opacus import GradSampleModule
+        from opacus.optimizers import DPOptimizer
+    except ImportError:
+        command.say("torch, transformers or opacus is not installed; left out")
+        return {}
+    shape = transformers.GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.context, n_embd=config.width, n_layer=config.layers,
+        n_head=max(1, config.width // 64), tie_word_embeddings=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+    token_BT = torch.randint(0, config.vocab_size, (config.batch_size, config.context))
+    position_BT = torch.arange(config.context)[None].repeat(config.batch_size, 1)
+
+    def stepper(private: bool):
+        model = transformers.GPT2LMHeadModel(shape).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+        if private:
+            model = GradSampleModule(model)
+            optimizer = DPOptimizer(optimizer, noise_multiplier=1.0, max_grad_norm=0.1,
+                                    expected_batch_size=config.batch_size)  # fmt: skip
+
+        def step():
+            optimizer.zero_grad()
+            model(input_ids=token_BT, position_ids=position_BT, labels=token_BT).loss.backward()
+            optimizer.step()
+
+        return step
+
+    return {name: (stepper(private), "torch: plain", None, 0.0)
+            for name, private in (("torch: plain", False), ("torch: Opacus, hooks", True))}  # fmt: skip
+
+
+def measure(config: Config, ways: dict[str, Way]) -> list[dict[str, Any]]:
+    """Run the ways in turns; the first turn warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(config.repeats + 1):
+        for name, (step, *_) in ways.items():
+            began = time.perf_counter()
+            step()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    rows = []
+    for name, (_, against, memory, took) in ways.items():
+        ratios = [a / b for a, b in zip(seconds[name], seconds.get(against, []), strict=False)]
+        base = ways[against][2] if against in ways else None
+        rows.append({
+            "name": name, "seconds": statistics.median(seconds[name]), "against": against,
+            "times_plain": statistics.median(ratios) if ratios else None,
+            "times_plain_low": min(ratios, default=None), "times_plain_high": max(ratios, default=None),
+            "memory_mb": memory, "memory_times_plain": memory / base if memory and base else None,
+            "compile_seconds": took,
+        })  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    command.main(run, PRESETS)
