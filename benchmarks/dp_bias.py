@@ -229,7 +229,7 @@ def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: 
     batches = MemberBatches(tuple(dataclasses.replace(one.batches, at_least=most) for one in runs))
     objective, parts = next_token(start.model), {"model": start.params(0)}
     step = make_step(objective, everything(), runs[0].gradient, runs[0].optimizer)
-    check(step, objective, parts, batches.members[0])
+    check(step, objective, everything(), parts, batches.members[0], config.dp.estimator)
     fresh, frozen = zip(*(step.init(jax.random.key(1 + n), parts) for n in range(len(runs))), strict=True)
     states = [one.prepare(set_schedule(state, learning_rate=config.train.learning_rate, total=steps))
               for one, state in zip(runs, fresh)]  # fmt: skip

@@ -181,8 +181,9 @@ def opacus(config: Config) -> dict[str, Way]:
     try:
         import torch
         import transformers
-        from opacus import GradSampleModule
-        from opacus.optimizers import DPOptimizer
+        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+        from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
     except ImportError:
         command.say("torch, transformers or opacus is not installed; left out")
         return {}
@@ -190,26 +191,33 @@ def opacus(config: Config) -> dict[str, Way]:
         vocab_size=config.vocab_size, n_positions=config.context, n_embd=config.width, n_layer=config.layers,
         n_head=max(1, config.width // 64), tie_word_embeddings=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
     )  # fmt: skip
-    token_BT = torch.randint(0, config.vocab_size, (config.batch_size, config.context))
+    token_BT, label_BT = torch.randint(0, config.vocab_size, (2, config.batch_size, config.context))
     position_BT = torch.arange(config.context)[None].repeat(config.batch_size, 1)
+    noise = dict(noise_multiplier=1.0, max_grad_norm=0.1, expected_batch_size=config.batch_size)
 
-    def stepper(private: bool):
+    def stepper(kind: str):
         model = transformers.GPT2LMHeadModel(shape).train()
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-        if private:
-            model = GradSampleModule(model)
-            optimizer = DPOptimizer(optimizer, noise_multiplier=1.0, max_grad_norm=0.1,
-                                    expected_batch_size=config.batch_size)  # fmt: skip
+        if kind == "hooks":
+            model, optimizer = GradSampleModule(model), DPOptimizer(optimizer, **noise)
+        elif kind == "ghost":
+            model = GradSampleModuleFastGradientClipping(model, max_grad_norm=0.1)
+            optimizer = DPOptimizerFastGradientClipping(optimizer, **noise)
 
         def step():
             optimizer.zero_grad()
-            model(input_ids=token_BT, position_ids=position_BT, labels=token_BT).loss.backward()
+            logit_BTV = model(input_ids=token_BT, position_ids=position_BT).logits
+            loss_BT = torch.nn.functional.cross_entropy(logit_BTV.mT, label_BT, reduction="none")
+            if kind == "ghost":
+                DPTensorFastGradientClipping(model, optimizer, loss_BT.mean(dim=1)).backward()
+            else:
+                loss_BT.mean().backward()
             optimizer.step()
 
         return step
 
-    return {name: (stepper(private), "torch: plain", None, 0.0)
-            for name, private in (("torch: plain", False), ("torch: Opacus, hooks", True))}  # fmt: skip
+    kinds = {"torch: plain": "plain", "torch: Opacus, hooks": "hooks", "torch: Opacus, ghost": "ghost"}
+    return {name: (stepper(kind), "torch: plain", None, 0.0) for name, kind in kinds.items()}
 
 
 def measure(config: Config, ways: dict[str, Way]) -> list[dict[str, Any]]:

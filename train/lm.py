@@ -27,7 +27,7 @@ from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import language_metrics, masked_once, token_scores
 from jaxforget.models.adapters import check_adapter, save_adapter
 from jaxforget.privacy.accounting import PrivacyConfig
-from jaxforget.privacy.clipping import check_units_apart
+from jaxforget.privacy.clipping import check_units
 from jaxforget.privacy.recipe import private_run
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
@@ -38,7 +38,7 @@ from jaxforget.training.objectives import objective_for
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import train_stage
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
-from jaxforget.training.step import make_step
+from jaxforget.training.step import Trainable, make_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ def run(config: Config) -> None:
         private = private_run(config.dp, config.train, examples, config.seed, unit)
         _, batches, gradient, optimizer, prepare, about = private
         step = make_step(objective, moving, gradient, optimizer)
-        check(step, objective, parts, batches)
+        check(step, objective, moving, parts, batches, config.dp.estimator)
         command.say("epsilon {dp_epsilon:.4g} at delta {dp_delta:.3g} for one {dp_unit} ({dp_relation}), {dp_sampler} "
                     "sampling, noise multiplier {dp_sigma:g}".format(**about))  # fmt: skip
         if config.data and not (config.tokenizer or config.model):
@@ -237,11 +237,16 @@ def with_units(examples, ids: set[str], unit_of: dict[str, str]):
     return dataclasses.replace(examples, columns={**examples.columns, "unit": unit_N})
 
 
-def check(step, objective, parts, batches) -> None:
+def check(step, objective, moving: Trainable, parts, batches, estimator: str) -> None:
     """Raise UserError for a step whose per-unit gradients would be wrong, before anything is written."""
     batch = {name: jnp.asarray(column[0]) for name, column in batches.take(0, 1, 1).items()}
     jax.eval_shape(lambda key: step.update(*step.init(key, parts), batch), jax.random.key(0))
-    check_units_apart(objective, parts, batch, jax.random.key(0))
+    trainable, frozen = moving.init(jax.random.key(0), parts)
+
+    def losses(trainable, batch, key):
+        return objective(moving.combine(frozen, trainable), batch, key)
+
+    check_units(losses, trainable, batch, jax.random.key(0), estimator)
 
 
 def lora_of(config: Config, model) -> LoraConfig:

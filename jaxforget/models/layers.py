@@ -59,7 +59,8 @@ class Tapped:
 
 
 def _value(parameter):
-    return parameter.value if isinstance(parameter, Tapped) else parameter
+    # Stopped: what a use does to the gradient is told by the tap, and any other way to it can be noticed.
+    return jax.lax.stop_gradient(parameter.value) if isinstance(parameter, Tapped) else parameter
 
 
 def _tell(parameter, use: str, a, y, lead):

@@ -8,8 +8,12 @@ removed or blanked, and 2C if it is replaced.
 |---|---|---|---|
 | poisson | each unit with probability q | add/remove one | PLD, checked by RDP |
 | truncated | the same, cut at random to `cap` units | add/remove one | PLD (arXiv 2508.15089) |
+| cyclic | each unit of one of `bands` random parts, in turn, with probability bands q | add/remove one | PLD |
 | shuffle | the next B units of an epoch's random order | zero out one | PLD, no amplification |
 | fixed | B units without replacement | replace one | RDP |
+
+Cyclic: the noise of `bands` steps in a row is correlated, and no unit takes part twice in so many, so a run is as
+private as one of T / bands steps with q bands (arXiv 2306.08153): privacy/noise.py.
 
 Shuffle: whatever the order, a unit is in one batch an epoch, and blanking it in place (its gradient becomes zero, its
 slot stays) changes that batch's sum by at most C. So the run is no worse than one Gaussian release an epoch. Better
@@ -35,11 +39,12 @@ from typing import Any, Literal
 from jaxforget.errors import UserError
 from jaxforget.report.run import write_atomic
 
-Sampler = Literal["poisson", "truncated", "shuffle", "fixed"]
+Sampler = Literal["poisson", "truncated", "cyclic", "shuffle", "fixed"]
 Accountant = Literal["pld", "rdp"]
 SAMPLERS = {  # the relation, and who can account for it: the first reports, the other checks
     "poisson": ("add/remove one", ("pld", "rdp")),
     "truncated": ("add/remove one", ("pld",)),
+    "cyclic": ("add/remove one", ("pld", "rdp")),
     "shuffle": ("zero out one", ("pld", "rdp")),
     "fixed": ("replace one", ("rdp",)),
 }
@@ -61,9 +66,12 @@ class PrivacyConfig:
     clip: float = 0.1
     """Bound on the norm of a unit's gradient."""
     sampler: Sampler = "poisson"
-    """poisson draws units independently; truncated also caps a batch; shuffle and fixed have full batches."""
+    """poisson draws units independently; truncated also caps a batch; cyclic correlates noise over steps; shuffle and
+    fixed have full batches."""
     cap: int | None = None
     """Largest batch in units, for sampler truncated."""
+    bands: int = 1
+    """Steps in a row whose noise is correlated, for sampler cyclic; each more holds a copy of what moves."""
     estimator: Literal["auto", "vmap", "ghost", "bookkeep"] = "auto"
     """How per-unit gradients are clipped; the result is the same. auto is the fastest one for the model."""
     groups: tuple[str, ...] = ()
@@ -95,6 +103,11 @@ class PrivacyConfig:
         if (self.cap is not None) != (self.sampler == "truncated") or (self.cap is not None and self.cap < 1):
             needs = "truncated needs a cap of at least 1, others take none"
             raise UserError(f"cap is {self.cap} with sampler {self.sampler}; {needs}")
+        if (self.bands > 1) != (self.sampler == "cyclic") or self.bands < 1:
+            needs = "cyclic needs bands of at least 2, others have 1"
+            raise UserError(f"bands is {self.bands} with sampler {self.sampler}; {needs}")
+        if self.bands > 1 and self.quantile is not None:
+            raise UserError("quantile changes the noise of steps whose noise bands correlate; give one of them")
         given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
         if given and not self.private:
             raise UserError(f"{given[0]} is given without epsilon or noise: training would not be private")
@@ -117,6 +130,7 @@ class Mechanism:
     clip: float
     delta: float
     cap: int | None = None
+    bands: int = 1
 
     @property
     def q(self) -> float:
@@ -147,6 +161,9 @@ class Mechanism:
         gaussian = dp.GaussianDpEvent(self.sigma)
         if self.sampler == "shuffle":
             return dp.SelfComposedDpEvent(gaussian, self.epochs)
+        if self.sampler == "cyclic":
+            one = dp.PoissonSampledDpEvent(self.bands * self.q, gaussian)
+            return dp.SelfComposedDpEvent(one, -(-self.steps // self.bands))
         if self.sampler == "truncated":
             one = dp.TruncatedSubsampledGaussianDpEvent(self.population, self.q, self.cap, self.sigma)
         elif self.sampler == "fixed":
@@ -165,7 +182,8 @@ class Mechanism:
 
     def row(self) -> dict[str, Any]:
         """State what every result of this run must state. Choices made by looking at private data are not included."""
-        names = ("unit", "relation", "sampler", "delta", "sigma", "q", "steps", "clip", "population", "batch", "cap")
+        names = ("unit", "relation", "sampler", "delta", "sigma", "q", "steps", "clip", "population", "batch", "cap",
+                 "bands")
         stated = {name: getattr(self, name) for name in names} | {"accountant": SAMPLERS[self.sampler][1][0]}
         return stated | {"epsilon": self.epsilon(), "epsilon_rdp": self.epsilon("rdp")}
 
@@ -193,14 +211,18 @@ def mechanism(config: PrivacyConfig, *, population: int, batch: int, steps: int,
     """
     if batch > population:
         raise UserError(f"the batch of {batch} {unit}s is larger than the data, which has {population}")
+    if batch * config.bands > population:
+        raise UserError(f"bands is {config.bands} with batches of {batch} of {population} {unit}s; a part of the data "
+                        f"must hold a batch, so at most {population // batch}")  # fmt: skip
     delta = float(population) ** -1.1 if config.delta is None else config.delta
     if delta >= 1 / population:
         raise UserError(f"delta is {delta:g}; with N = {population} {unit}s it must be below 1/N = {1 / population:g}")
-    known = {"sampler": config.sampler, "population": population, "batch": batch, "steps": steps, "delta": delta}
-    found = Mechanism(unit=unit, clip=config.clip, sigma=config.noise or 0.0, cap=config.cap, **known)
+    known = {"sampler": config.sampler, "population": population, "batch": batch, "steps": steps, "delta": delta,
+             "cap": config.cap, "bands": config.bands}  # fmt: skip
+    found = Mechanism(unit=unit, clip=config.clip, sigma=config.noise or 0.0, **known)
     if config.epsilon is None:
         return found
-    inputs = {**known, "cap": config.cap, "epsilon": config.epsilon, "grid": GRID, "dp": version("dp-accounting")}
+    inputs = {**known, "epsilon": config.epsilon, "grid": GRID, "dp": version("dp-accounting")}
     make = lambda sigma: dataclasses.replace(found, sigma=sigma)  # noqa: E731
     return make(_cached(inputs, lambda: _calibrate(make, config.epsilon)))
 
@@ -215,7 +237,7 @@ def _calibrate(make: Callable[[float], Mechanism], epsilon: float) -> float:
 
     def over(log_sigma: float) -> float:
         run = make(2.0**log_sigma)
-        spread = run.q * math.sqrt(math.expm1(run.sigma**-2))  # standard deviation of a step's losses, about
+        spread = run.q * run.bands * math.sqrt(math.expm1(run.sigma**-2))  # about the deviation of a step's losses
         found = _epsilon(run, SAMPLERS[run.sampler][1][0], min(max(spread / 50, GRID), 10 * GRID))
         return min(found, 1e6) - epsilon  # brentq takes no infinity
 

@@ -71,15 +71,30 @@ def clipped_sum(losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: 
     return ESTIMATORS[how.estimator](losses, trainable, batch, key, bound, how)
 
 
-def check_units_apart(losses, trainable: PyTree, batch: Batch, key: jax.Array) -> None:
-    """Raise UserError where the loss of a row depends on other rows: its gradient then is not that of one unit."""
+def check_units(losses, trainable: PyTree, batch: Batch, key: jax.Array, estimator: str = "auto") -> None:
+    """Raise UserError for losses whose clipped gradients would not be those of single units.
+
+    That is where the loss of a row depends on other rows, and, but for the estimator vmap, where something besides the
+    operations of models/layers.py reads a parameter, whose gradient then would lack that part.
+    """
     batch = jax.tree.map(lambda x: x[:4], batch)
     first = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
-    run = jax.jit(lambda batch: losses(trainable, batch, key)[0])
-    among, alone = float(run(batch)), float(run(first))
+    run = jax.jit(lambda trainable, batch: losses(trainable, batch, key)[0])
+    among, alone = float(run(trainable, batch)), float(run(trainable, first))
     if not math.isclose(among, alone, rel_tol=1e-4, abs_tol=1e-5):
         raise UserError(f"the loss of an example depends on the others of its batch ({among:g} among others, {alone:g} "
                         "among copies of itself), so that clipping does not bound what one adds")  # fmt: skip
+    if estimator == "vmap":
+        return
+    leaves, treedef = jax.tree.flatten(trainable)
+    rows = batch["weight"].shape[0]
+    tap = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
+    tapped = lambda leaves: treedef.unflatten(Tapped(*one, taps.Spec(rows, rows, "probe")) for one in zip(leaves, tap))  # noqa: E731
+    untold = jax.jit(jax.grad(lambda leaves: jnp.sum(losses(tapped(leaves), batch, key))))(leaves)
+    for (path, _), gradient in zip(jax.tree_util.tree_leaves_with_path(trainable), untold, strict=True):
+        if jnp.any(gradient != 0):
+            raise UserError(f"per-example gradients: something besides the operations of models/layers.py reads "
+                            f"{path_str(path)}; use the estimator vmap")  # fmt: skip
 
 
 def _unit_losses(losses, batch: Batch, key, how: Clipping):

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxforget.privacy.clipping import Clipping, clipped_sum
-from jaxforget.training.step import Estimator, State
+from jaxforget.training.step import Estimator, PyTree, State
 
 COUNT = 0x434F554E  # what a key is for: the noise on the count. Splits of the same key have small numbers
 
@@ -40,6 +41,7 @@ class ClipState(NamedTuple):
 
 class NoiseState(NamedTuple):
     multiplier: jax.Array  # float32, sigma
+    past: PyTree  # standard noise of the last bands - 1 steps, newest first, (bands - 1, *shape); () without bands
 
 
 @functools.cache
@@ -95,26 +97,60 @@ def private_gradient(
 
 
 @functools.cache
-def gaussian_noise() -> optax.GradientTransformationExtraArgs:
+def gaussian_noise(bands: tuple[float, ...] = (1.0,)) -> optax.GradientTransformationExtraArgs:
     """Add N(0, (multiplier * sensitivity)^2) to every number of the gradient, in float32.
 
     One draw for each step, from the key of the step and the place of the leaf: whatever the micro-batches or devices,
     and the same again when a run is resumed. An empty batch gets it too. Not a cryptographic source of randomness.
+
+    bands: the noises y of all steps solve C y = z, z standard and C a lower-triangular Toeplitz matrix of norm 1 with
+    these coefficients: later noise takes back a part of earlier noise, so that their sum, which moves the model, is
+    smaller. The guarantee holds if no unit takes part twice in len(bands) steps (arXiv 2306.08153).
     """
+    first, *rest = bands
 
     def init(params):
-        return NoiseState(jnp.float32(0.0))
+        past = jax.tree.map(lambda x: jnp.zeros((len(rest), *x.shape), jnp.float32), params)
+        return NoiseState(jnp.float32(0.0), past if rest else ())
 
     def update(updates, state, params=None, *, key, report, **_):
         scale = state.multiplier * report["sensitivity"]
         leaves, treedef = jax.tree.flatten(updates)
-        noisy = [
-            leaf + scale * jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.float32)
-            for index, leaf in enumerate(leaves)
-        ]
+        noise = [jax.random.normal(jax.random.fold_in(key, index), leaf.shape) for index, leaf in enumerate(leaves)]
+        past = jax.tree.leaves(state.past)
+        if rest:
+            before = [sum(c * y for c, y in zip(rest, past_y, strict=True)) for past_y in past]
+            noise = [(z - y) / first for z, y in zip(noise, before, strict=True)]
+            past = [jnp.concatenate([y[None], past_y[:-1]]) for y, past_y in zip(noise, past, strict=True)]
+            state = state._replace(past=treedef.unflatten(past))
+        noisy = [leaf + scale * one for leaf, one in zip(leaves, noise, strict=True)]
         return treedef.unflatten(noisy), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@functools.cache
+def band_coefficients(bands: int, steps: int) -> tuple[float, ...]:
+    """Return c_0 .. c_{bands - 1} of a lower-triangular Toeplitz matrix C (T, T) with columns of at most norm 1.
+
+    They minimise the mean squared error of the sums of noise after 1 .. T steps, |c|^2 sum over s of (T - s) g_s^2 / T
+    where g are the coefficients of A C^-1, A the matrix of prefix sums (arXiv 2306.08153), from those of the square
+    root of A, binom(2j, j) / 4^j (arXiv 2405.13763).
+    """
+    from scipy.optimize import minimize
+    from scipy.signal import lfilter
+
+    left = np.arange(steps, 0, -1) / steps
+    impulse = np.eye(1, steps)[0]
+
+    def error(tail) -> float:
+        c = np.concatenate([[1.0], tail])
+        return np.log(np.sum(c**2) * np.sum(left * np.cumsum(lfilter([1.0], c, impulse)) ** 2))
+
+    start = np.cumprod((2 * np.arange(1, bands) - 1) / (2 * np.arange(1, bands)))
+    found = minimize(error, start, method="L-BFGS-B").x if bands > 1 else start
+    c = np.concatenate([[1.0], found])
+    return tuple((c / np.linalg.norm(c)).tolist())
 
 
 def set_privacy(state: State, *, bound: float, multiplier: float) -> State:
@@ -123,7 +159,7 @@ def set_privacy(state: State, *, bound: float, multiplier: float) -> State:
     def write(node):
         if isinstance(node, ClipState):
             return ClipState(jnp.float32(bound))
-        return NoiseState(jnp.float32(multiplier)) if isinstance(node, NoiseState) else node
+        return node._replace(multiplier=jnp.float32(multiplier)) if isinstance(node, NoiseState) else node
 
     is_ours = lambda node: isinstance(node, ClipState | NoiseState)  # noqa: E731
     return state._replace(

@@ -13,7 +13,7 @@ from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.privacy.accounting import Mechanism, PrivacyConfig, mechanism
 from jaxforget.privacy.clipping import Clipping
-from jaxforget.privacy.noise import Adaptive, gaussian_noise, private_gradient, set_privacy
+from jaxforget.privacy.noise import Adaptive, band_coefficients, gaussian_noise, private_gradient, set_privacy
 from jaxforget.privacy.sampling import PoissonBatches, population
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.step import Estimator, State
@@ -48,9 +48,10 @@ def private_run(config: PrivacyConfig, train: TrainConfig, examples: Examples, s
     about = how.row() | {"auto_s": True, "clip": None} if config.auto_s else how.row()
     if adaptive is not None:
         about |= {"clip_quantile": adaptive.quantile, "clip_count_noise": adaptive.noise}
+    noise = gaussian_noise(band_coefficients(config.bands, steps))
     return PrivateRun(
         how, batches, private_gradient(clipping, float(train.batch_size), microbatch, adaptive),
-        optax.chain(gaussian_noise(), adamw(dataclasses.replace(train, max_grad_norm=0.0))),
+        optax.chain(noise, adamw(dataclasses.replace(train, max_grad_norm=0.0))),
         lambda state: set_privacy(state, bound=config.clip, multiplier=multiplier),
         {f"dp_{name}": value for name, value in about.items()},
     )  # fmt: skip

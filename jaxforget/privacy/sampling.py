@@ -18,7 +18,8 @@ from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.privacy.accounting import Mechanism
 
-DRAW, CHOICE = 0x44524157, 0x43484F49  # what a hash is for: an example's randomness, a unit's participation
+# What a hash is for: an example's randomness, a unit's participation, its part of the data.
+DRAW, CHOICE, PART = 0x44524157, 0x43484F49, 0x50415254
 
 
 def unit_keys(examples: Examples) -> np.ndarray:
@@ -73,16 +74,19 @@ class PoissonBatches:
             places = [divmod(step, how.steps_per_epoch) for step in range(how.steps)]
             return [orders[epoch][place * how.batch : (place + 1) * how.batch] for epoch, place in places]
         mixed_N = hash64(self.seed, CHOICE, key_N)
+        if how.sampler == "cyclic":
+            part_N = hash64(self.seed, PART, key_N) % np.uint64(how.bands)
+            return [self._draw(hash64(mixed_N, step), part_N == step % how.bands) for step in range(how.steps)]
         return [self._draw(hash64(mixed_N, step)) for step in range(how.steps)]
 
-    def _draw(self, hash_N: np.ndarray) -> np.ndarray:
+    def _draw(self, hash_N: np.ndarray, among_N: np.ndarray | bool = True) -> np.ndarray:
         """Choose units by uniform numbers of 53 bits, which are independent as far as the hash mixes."""
         how, uniform_N = self.mechanism, (hash_N >> np.uint64(11)) * 2.0**-53
         if how.sampler == "fixed":
             size = min(how.batch, len(uniform_N))
             chosen = np.argpartition(uniform_N, size - 1)[:size]
         else:
-            chosen = np.flatnonzero(uniform_N < how.q)
+            chosen = np.flatnonzero(among_N & (uniform_N < how.q * how.bands))
         chosen = chosen[np.argsort(uniform_N[chosen], kind="stable")]  # a random order, so that a cap cuts at random
         return chosen[: how.cap]
 

@@ -86,6 +86,13 @@ def test_shuffling_gets_no_amplification():
     assert shuffled.relation == "zero out one"
 
 
+def test_correlated_noise_costs_what_fewer_steps_with_larger_batches_do():
+    """arXiv 2306.08153: T / b steps with probability b q; with a step left over, that many more."""
+    banded = known(sampler="cyclic", bands=4)
+    assert banded.epsilon() == known(batch=400, steps=250).epsilon() > known().epsilon()
+    assert known(sampler="cyclic", bands=4, steps=1001).epsilon() == known(batch=400, steps=251).epsilon()
+
+
 def test_noise_doubles_where_a_unit_is_replaced():
     assert known(sigma=1.5).noise_std == pytest.approx(1.5 * 0.1)
     assert known(sampler="fixed", sigma=1.5).noise_std == pytest.approx(1.5 * 2 * 0.1)
@@ -153,6 +160,9 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
         ({"clip": math.inf}, "clip is inf"),
         ({"sampler": "truncated"}, "truncated needs a cap of at least 1"),
         ({"cap": 5}, "others take none"),
+        ({"noise": 1.0, "bands": 2}, "bands is 2 with sampler poisson; cyclic needs bands of at least 2"),
+        ({"noise": 1.0, "sampler": "cyclic"}, "bands is 1 with sampler cyclic"),
+        ({"noise": 1.0, "sampler": "cyclic", "bands": 2, "quantile": 0.5}, "give one of them"),
         ({"sampler": "truncated", "cap": 0}, "cap is 0 with sampler truncated"),
     ],
 )
@@ -171,6 +181,12 @@ def test_delta_must_be_below_one_over_n():
 def test_a_batch_larger_than_the_data():
     with pytest.raises(UserError, match="batch of 1001 pairs is larger than the data, which has 1000"):
         mechanism(PrivacyConfig(noise=1.0), **{**SMALL, "batch": 1001, "unit": "pair"})
+
+
+def test_bands_must_leave_a_batch_to_every_part():
+    with pytest.raises(UserError, match="bands is 11 with batches of 100 of 1000 records; .* at most 10"):
+        banded = PrivacyConfig(noise=1.0, sampler="cyclic", bands=11)
+        mechanism(banded, population=1000, batch=100, steps=9, unit="record")
 
 
 def test_an_unreachable_epsilon_names_the_nearest():

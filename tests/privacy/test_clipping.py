@@ -17,7 +17,7 @@ from jaxforget.models.layers import linear
 from jaxforget.models.model import build
 from jaxforget.privacy import taps
 from jaxforget.privacy.accounting import PrivacyConfig
-from jaxforget.privacy.clipping import Clipping, check_units_apart, clipped_sum
+from jaxforget.privacy.clipping import Clipping, check_units, clipped_sum
 from jaxforget.privacy.noise import Adaptive, gaussian_noise, private_gradient, set_privacy
 from jaxforget.privacy.recipe import adaptive_multiplier
 from jaxforget.training.ensemble import member, stack
@@ -272,9 +272,9 @@ def test_what_taps_cannot_see_is_refused(small):
 def test_batch_coupling_is_refused(small):
     losses, moving = small
     batch = batch_of(rows=4, tokens=6)
-    check_units_apart(losses, moving, batch, KEY)
+    check_units(losses, moving, batch, KEY)
     with pytest.raises(UserError, match="depends on the others of its batch"):
-        check_units_apart(lambda m, b, k: losses(m, b, k) - jnp.mean(losses(m, b, k)), moving, batch, KEY)
+        check_units(lambda m, b, k: losses(m, b, k) - jnp.mean(losses(m, b, k)), moving, batch, KEY)
 
 
 @pytest.mark.parametrize("name", TAPPED)
@@ -288,6 +288,20 @@ def test_half_precision_keeps_the_bound(name):
         with_, without = (clipped(losses, moving, b, bound, Clipping(name)).total for b in (batch, one_less))
         change = float(optax.tree.norm(jax.tree.map(jnp.subtract, with_, without)))
         assert 0.98 * bound < change <= bound * (1 + 1e-4)
+
+
+def test_a_parameter_read_past_the_operations_is_refused(small):
+    """Its gradient would lack a part that nothing else notices: sums over leaves meet taps and values alike."""
+    losses, moving = small
+    batch = batch_of(rows=4, tokens=6)
+
+    def decayed(moving, batch, key):
+        squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(moving["model"])]
+        return losses(moving, batch, key) + 1e-3 * sum(squares)
+
+    with pytest.raises(UserError, match="something besides the operations of models/layers.py reads model/"):
+        check_units(decayed, moving, batch, KEY)
+    check_units(decayed, moving, batch, KEY, "vmap")
 
 
 def test_a_use_traced_once_and_run_twice_is_no_use():

@@ -139,6 +139,23 @@ def test_a_capped_draw_is_a_random_part_of_the_draw():
     assert chisquare(taken_N.reshape(20, 20).sum(axis=1)).pvalue > 1e-3  # the cut prefers nobody
 
 
+def test_cyclic_draws_keep_every_unit_apart_from_itself():
+    """A unit belongs to one part, and the parts take turns: between two steps with it are `bands` - 1 others."""
+    units, batch, steps, bands = 4000, 100, 400, 4
+    examples, how = numbered(units), known(units, batch, steps, "cyclic", bands=bands)
+    draws = drawn(PoissonBatches(examples, how, seed=1))
+    turn = {}
+    for step, chosen in enumerate(draws):
+        for unit in chosen:
+            assert turn.setdefault(unit, step % bands) == step % bands
+    share = np.bincount(list(turn.values())) / len(turn)
+    assert np.all(np.abs(share - 1 / bands) < 5 * np.sqrt(0.25 * 0.75 / units))
+    size = np.array([len(chosen) for chosen in draws])
+    assert abs(size.mean() - batch) < 5 * np.sqrt(batch / steps)
+    fewer = drawn(PoissonBatches(examples.take(np.arange(units) != 7), how, seed=1))
+    assert [chosen - {examples.columns["key"][7]} for chosen in draws] == fewer
+
+
 def test_shuffle_visits_every_unit_once_an_epoch():
     batches = PoissonBatches(numbered(23), known(23, 5, 12, "shuffle"), 0)
     assert batches.steps_per_epoch == 5 and batches.units == 5
