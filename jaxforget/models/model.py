@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from jaxforget.errors import UserError
-from jaxforget.models.layers import REMAT, Draws, Place, run_blocks
+from jaxforget.models.layers import REMAT, Draws, Place, last_token, linear, run_blocks
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -124,6 +124,27 @@ class Model:
     def batch_logits(self, params: Params, batch: Mapping[str, Any]) -> jax.Array:
         """Return `logits` of the columns of a batch: tokens, and length and segments where it has them."""
         return self.logits(params, batch["tokens"], batch.get("length"), batch.get("segments"))
+
+    @property
+    def headless(self) -> Model:
+        """Give the same model without its head: `logits` is then the last hidden state."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, head="none", labels=()))
+
+    def pooled(self, params: Params, batch: Mapping[str, Any]) -> jax.Array:
+        """Return what a classification head reads (B, D): the state of the first token, if causal of the last real one.
+
+        params: of this model, or without its head.
+        """
+        bare = self.headless
+        x_BTD = bare.batch_logits({name: params[name] for name in bare.shapes()}, batch)
+        return last_token(x_BTD, batch.get("length")) if self.config.causal else x_BTD[:, 0]
+
+    def classify(self, params: Params, pooled_BD) -> jax.Array:
+        """Return float32 class logits (B, C) of what `pooled` gives; together they are `batch_logits`."""
+        if self.config.causal:
+            return linear(pooled_BD, params["score"]["kernel"], out_dtype=jnp.float32)
+        top = {name: part for name, part in params.items() if name not in self.config.stacks}
+        return functional(family_of(self.config.model_type).Top, self.config)[1](top).finish(pooled_BD[:, None], None)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache of U = `length` positions: {"k", "v"}, each (L, B, U, N, H) in dtype."""

@@ -31,32 +31,44 @@ def member(tree_K: PyTree, k: int) -> PyTree:
 
 
 @functools.cache
-def members(step: Step, how: Members = "auto") -> Step:
+def members(step: Step, how: Members = "auto", own: tuple[str, ...] = ()) -> Step:
     """Lift a step to K members: every leaf of state, batch and metrics gains a leading K; `frozen` is shared.
 
+    own: parts that every member has for itself, such as the model it starts from; frozen or not, they have a leading K.
     map runs members one after the other inside one program and rounds exactly as separate runs do. vmap batches
     them, which fills an accelerator but may round differently. auto is map on a CPU and vmap elsewhere. `run` takes a
     count for every member; one with a count of 0 keeps its state, and under map costs nothing.
     """
     how = ("map" if jax.default_backend() == "cpu" else "vmap") if how == "auto" else how
 
+    def split(frozen):
+        return {name: part for name, part in frozen.items() if name not in own}, {name: frozen[name] for name in own}
+
     def init(key_K, parts):
-        """Start K members from the same parts; only their keys differ."""
-        states, frozen = zip(*(step.init(key, parts) for key in key_K), strict=True)
-        return stack(states), frozen[0]
+        """Start K members; only their keys and what is their own differ."""
+        shared, mine_K = split(parts)
+        started = [step.init(key, {**shared, **member(mine_K, k)}) for k, key in enumerate(key_K)]
+        states, frozen = zip(*started, strict=True)
+        return stack(states), {**frozen[0], **stack([split(one)[1] for one in frozen])}
+
+    def each(function, frozen, *args_K):
+        shared, mine_K = split(frozen)
+        if how == "vmap":
+            return jax.vmap(lambda mine, args: function({**shared, **mine}, *args))(mine_K, args_K)
+        return jax.lax.map(lambda one: function({**shared, **one[0]}, *one[1]), (mine_K, args_K))
 
     def update(state_K, frozen, batch_K):
-        if how == "vmap":
-            return jax.vmap(step.update, in_axes=(0, None, 0))(state_K, frozen, batch_K)
-        return jax.lax.map(lambda one: step.update(one[0], frozen, one[1]), (state_K, batch_K))
+        return each(lambda frozen, state, batch: step.update(state, frozen, batch), frozen, state_K, batch_K)
 
     def run(state_K, frozen, batches_KS, count_K):
-        if how == "vmap":
-            return jax.vmap(step.run, in_axes=(0, None, 0, 0))(state_K, frozen, batches_KS, count_K)
-        # A member's whole chunk before the next member: its parameters stay in the cache.
-        return jax.lax.map(lambda one: step.run(one[0], frozen, *one[1:]), (state_K, batches_KS, count_K))
+        # A member's whole chunk before the next member: under map its parameters stay in the cache.
+        return each(lambda frozen, state, *rest: step.run(state, frozen, *rest), frozen, state_K, batches_KS, count_K)
 
-    return Step(init, update, run, jax.vmap(step.combine, in_axes=(None, 0)))
+    def combine(frozen, trainable_K, key=None):
+        shared, mine_K = split(frozen)
+        return jax.vmap(lambda mine, moving: step.combine({**shared, **mine}, moving, key))(mine_K, trainable_K)
+
+    return Step(init, update, run, combine)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

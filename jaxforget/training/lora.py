@@ -94,7 +94,7 @@ def lora(config: LoraConfig) -> Trainable:
         moving["also"] = _pick(config.trains, model)
         return moving, {**parts, "model": _pick(lambda path: not config.trains(path), model)}
 
-    def combine(frozen: Parts, moving: PyTree) -> Parts:
+    def combine(frozen: Parts, moving: PyTree, key=None) -> Parts:
         def join(x, a, b, also):
             return also if x is None else x if a is None else LowRank(x, a, b, config.scale)
 

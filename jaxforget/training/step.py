@@ -1,7 +1,7 @@
 """A training step is a composition of four pure functions.
 
     objective   losses(parts, batch, key) -> losses_B
-    trainable   init(key, parts) -> (trainable, frozen);  combine(frozen, trainable) -> parts
+    trainable   init(key, parts) -> (trainable, frozen);  combine(frozen, trainable, key=None) -> parts
     gradient    (losses, trainable, batch, key) -> (report, grads), or an Estimator, which remembers
     optimizer   optax.GradientTransformation; its update may take `key`, the step's, and `report`, the gradient's
 
@@ -42,10 +42,14 @@ class State(NamedTuple):
 
 
 class Trainable(NamedTuple):
-    """Splits parts into what moves and what does not, and joins them again."""
+    """Splits parts into what moves and what does not, and joins them again.
+
+    combine may draw at random, such as gates: in a step it gets the step's key. Without one it gives the parts that
+    are evaluated and saved.
+    """
 
     init: Callable[[jax.Array, Parts], tuple[PyTree, Parts]]
-    combine: Callable[[Parts, PyTree], Parts]
+    combine: Callable[..., Parts]  # frozen, trainable, key=None -> parts
 
 
 class Estimator(NamedTuple):
@@ -66,7 +70,7 @@ class Step(NamedTuple):
     init: Callable[[jax.Array, Parts], tuple[State, Parts]]  # key, parts -> state, frozen
     update: Callable[[State, Parts, Batch], tuple[State, dict[str, jax.Array]]]
     run: Callable[[State, Parts, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]
-    combine: Callable[[Parts, PyTree], Parts]
+    combine: Callable[..., Parts]
 
 
 @functools.cache  # equal compositions are the same function, so each is traced and compiled once a process
@@ -90,7 +94,7 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
 
     def update(state: State, frozen: Parts, batch: Batch):
         def losses(moving, batch, key):
-            return objective(trainable.combine(frozen, moving), batch, key)
+            return objective(trainable.combine(frozen, moving, key), batch, key)
 
         key = jax.random.fold_in(state.key, state.step)
         memory, report, grads = gradient.estimate(state.memory, losses, state.trainable, batch, key)

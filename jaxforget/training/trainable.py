@@ -16,7 +16,7 @@ def path_str(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _fill(tree: PyTree, other: PyTree) -> PyTree:
+def _fill(tree: PyTree, other: PyTree, key=None) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda x: x is None)
 
 

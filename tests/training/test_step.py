@@ -159,7 +159,7 @@ def test_a_low_rank_difference_plugs_in_as_a_trainable():
         down = 0.1 * jax.random.normal(key, (shape[0], 2))
         return {"down": down, "up": jnp.zeros((2, shape[1]))}, parts
 
-    def combine(frozen, moving):
+    def combine(frozen, moving, key=None):
         head = {"kernel": frozen["model"]["head"]["kernel"] + moving["down"] @ moving["up"]}
         return {**frozen, "model": {**frozen["model"], "head": head}}
 
