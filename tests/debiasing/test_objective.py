@@ -1,0 +1,342 @@
+"""Removal losses and regimes: who gets which gradient, and that modules train beside each other or by themselves."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from classifiers import FAMILIES_OF, classifier, examples
+
+from jaxforget.debiasing.differences import fixed, gated, layout_of, sparse
+from jaxforget.debiasing.gates import GateConfig
+from jaxforget.debiasing.objective import RemovalConfig, debiasing, draw_adversaries, nll, over_members
+from jaxforget.debiasing.optimizer import grouped, module_groups
+from jaxforget.debiasing.removal import REMOVALS, adversarial, information, mmd, reverse
+from jaxforget.errors import UserError
+from jaxforget.metrics.leakage_heads import draw_heads, head_logp
+from jaxforget.privacy.clipping import Clipping, clipped_sum
+from jaxforget.privacy.noise import gaussian_noise, private_gradient, set_privacy
+from jaxforget.training.batches import Batches, Stream
+from jaxforget.training.ensemble import member, members, stack
+from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.optimizer import OptimizerConfig, set_schedule
+from jaxforget.training.step import make_run, make_step
+from jaxforget.training.trainable import subset
+
+MODEL, PARAMS = classifier()
+LAYOUT = layout_of(MODEL)
+GATES = GateConfig()
+KEY = jax.random.key(3)
+SHARES = [jnp.asarray([0.5, 0.5]), jnp.asarray([0.25, 0.75])]
+OPTIMIZER = OptimizerConfig(schedule="constant", warmup=0.0)
+ADVERSARIES = RemovalConfig()
+each_removal = pytest.mark.parametrize("name", REMOVALS)
+
+
+def parts_of(config=ADVERSARIES, attributes=2):
+    heads = draw_adversaries(jax.random.key(9), config, 16, SHARES[:attributes])
+    return {"model": PARAMS, "adversary": heads, "shares": SHARES[:attributes]}
+
+
+def batch_of(count=16, seed=0):
+    batches = Batches((Stream(examples(count, seed), count),), 1, 0)
+    return {name: jnp.asarray(column[0]) for name, column in batches.take(0, 1, 1).items()}
+
+
+def step_of(objective, trainable, modules, gradient=None, noise=None):
+    optimizer = grouped(module_groups(modules, gate_rate=5.0, adversary_rate=1.0, core_rate=1.0), OPTIMIZER)
+    optimizer = optax.chain(noise, optimizer) if noise else optimizer
+    return make_step(objective, trainable, gradient or mean_gradient(), optimizer)
+
+
+def train(step, parts, batches, key=KEY, steps=12, prepare=lambda state: state):
+    state, frozen = step.init(key, parts)
+    state = prepare(set_schedule(state, learning_rate=0.01, total=steps))
+    state, metrics = make_run(step)(state, frozen, batches.take(0, steps, steps), steps)
+    return step.combine(frozen, state.trainable), state, metrics
+
+
+@pytest.mark.parametrize("name", ["small", *FAMILIES_OF])
+def test_the_pooled_state_and_the_head_are_the_model(name):
+    model, params = classifier(name)
+    batch = batch_of(6) | {"length": jnp.asarray([8, 5, 3, 8, 1, 2])}
+    x_BD = model.pooled(params, batch)
+    assert x_BD.shape == (6, 16)
+    np.testing.assert_allclose(model.classify(params, x_BD), model.batch_logits(params, batch), rtol=1e-6, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- removals
+
+
+def test_reversal_is_the_identity_forward_and_scaled_back():
+    value, grad = jax.value_and_grad(lambda x: jnp.sum(reverse(x, 0.7) ** 2))(jnp.asarray([1.0, -2.0]))
+    assert float(value) == 5.0
+    np.testing.assert_allclose(grad, [-1.4, 2.8], rtol=1e-6)
+
+
+def random_case(count=10, classes=3):
+    rng = np.random.default_rng(0)
+    x_BD = jnp.asarray(rng.normal(size=(count, 16)), jnp.float32)
+    heads = draw_heads(KEY, 5, 16, classes)
+    return x_BD, jnp.asarray(rng.integers(0, classes, count)), jnp.ones(count), heads
+
+
+def test_adversaries_descend_what_the_representation_climbs():
+    x_BD, y_B, w_B, heads = random_case()
+
+    def plain(x, heads):
+        return -jnp.mean(jnp.take_along_axis(head_logp(heads, x, KEY), y_B[None, :, None], 2)[..., 0], axis=0).sum()
+
+    expected = jax.grad(plain, (0, 1))(x_BD, heads)
+    found = jax.grad(lambda x, heads: adversarial(x, y_B, w_B, heads, 2.0, KEY).sum(), (0, 1))(x_BD, heads)
+    chex.assert_trees_all_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found[0], -2.0 * expected[0], rtol=1e-5, atol=1e-7)
+
+
+def test_information_is_zero_where_heads_cannot_tell_and_bounded_by_log_classes():
+    x_BD, y_B, w_B, heads = random_case()
+    blind = jax.tree.map(jnp.zeros_like, heads)
+    np.testing.assert_allclose(information(x_BD, y_B, w_B, blind, 1.0, KEY), np.log(3), rtol=1e-6)  # the heads' loss
+    sure = jax.tree.map(lambda x: 100.0 * x, heads)
+    both = information(x_BD, y_B, w_B, sure, 1.0, None) - information(x_BD, y_B, w_B, sure, 0.0, None)
+    assert (both >= 0).all() and (both <= np.log(3) + 1e-5).all() and both.max() > 0.9
+
+    def model_side(scale):
+        return jax.grad(lambda x: information(x, y_B, w_B, heads, scale, KEY).sum())(x_BD)
+
+    assert float(jnp.abs(model_side(0.0)).max()) == 0 and float(jnp.abs(model_side(1.0)).max()) > 0
+    grads = [jax.grad(lambda h, s=s: information(x_BD, y_B, w_B, h, s, KEY).sum())(heads) for s in (0.0, 3.0)]
+    chex.assert_trees_all_equal(*grads)  # heads learn to predict, whatever the model wants
+
+
+def test_mmd_by_pairs():
+    x_BD, y_B, w_B, heads = random_case(12)
+    x, y = np.asarray(x_BD, np.float64), np.asarray(y_B)
+    square = ((x[:, None] - x[None]) ** 2).sum(-1)
+    median = np.median(square[~np.eye(len(x), dtype=bool)])
+    kernel = sum(np.exp(-square / (2 * f * median)) for f in (0.25, 0.5, 1, 2, 4))
+    mean = lambda a, b: kernel[np.ix_(y == a, y == b)].mean()  # noqa: E731
+    expected = sum(mean(a, a) + mean(b, b) - 2 * mean(a, b) for a in range(3) for b in range(a + 1, 3))
+    np.testing.assert_allclose(mmd(x_BD, y_B, w_B, heads, 2.0, KEY), 2 * expected, rtol=1e-4)
+    np.testing.assert_allclose(mmd(x_BD[:2].repeat(2, 0), jnp.asarray([0, 1, 0, 1]), jnp.ones(4), heads, 1.0, KEY),
+                               mmd(x_BD[:2].repeat(2, 0), jnp.asarray([1, 0, 1, 0]), jnp.ones(4), heads, 1.0, KEY),
+                               rtol=1e-5)  # fmt: skip
+    same = jnp.tile(x_BD[:2], (2, 1))  # both classes have the same two rows
+    np.testing.assert_allclose(mmd(same, jnp.asarray([0, 0, 1, 1]), jnp.ones(4), heads, 1.0, KEY), 0, atol=1e-6)
+    np.testing.assert_array_equal(mmd(x_BD[:3], jnp.asarray([0, 0, 1]), jnp.ones(3), heads, 1.0, KEY), 0)
+
+
+@each_removal
+def test_rows_of_unknown_attribute_teach_the_task_alone(name):
+    config = RemovalConfig(removal=name)
+    objective = debiasing(MODEL, config, ((0,),), gates=None)
+    parts, batch = parts_of(config), batch_of(16)
+    half = batch | {"attributes": batch["attributes"].at[:8].set(-1)}
+    found = objective(parts, half, KEY)
+    task = nll(MODEL.batch_logits(PARAMS, batch), batch["label"])
+    if not REMOVALS[name].couples:
+        np.testing.assert_allclose(found[:8], task[:8], rtol=1e-6)
+        np.testing.assert_allclose(found[8:], objective(parts, batch, KEY)[8:], rtol=1e-5)
+
+    def gradient(rows):
+        changed = half | {"tokens": half["tokens"].at[rows].set(9)}
+        return objective(parts, changed, KEY)[8:] - nll(MODEL.batch_logits(PARAMS, changed), batch["label"])[8:]
+
+    np.testing.assert_allclose(gradient(slice(0, 8)), gradient(slice(0, 0)), atol=1e-6)
+
+
+@each_removal
+def test_what_couples_rows_says_so(name):
+    config = RemovalConfig(removal=name)
+    objective = debiasing(MODEL, config, ((0,),), gates=None)
+    batch = batch_of() | {"attributes": jnp.asarray([[0, 0], [1, 1]] * 8)}
+    others = {n: x.at[2:].set(x[2:][::-1]) if n == "attributes" else x for n, x in batch.items()}
+    among = [float(objective(parts_of(config), rows, KEY)[0]) for rows in (batch, others)]
+    assert (abs(among[0] - among[1]) > 1e-6) == REMOVALS[name].couples
+
+
+def test_classes_weigh_alike():
+    """A head that knows nothing but the class sizes gains nothing: its gradient over a balanced loss is 0."""
+    parts = parts_of() | {"adversary": jax.tree.map(jnp.zeros_like, parts_of()["adversary"])}
+    batch = batch_of(16) | {"attributes": jnp.asarray([[0, 0]] * 4 + [[0, 1]] * 12)}  # attribute 1: 4 and 12 of 16
+    objective = debiasing(MODEL, RemovalConfig(), ((1,),), gates=None)
+    grads = jax.grad(lambda parts: objective(parts, batch, KEY).sum())(parts)["adversary"]
+    np.testing.assert_allclose(grads[1]["down"]["bias"], 0, atol=1e-5)
+    chex.assert_trees_all_equal(grads[0], jax.tree.map(jnp.zeros_like, grads[0]))  # not its attribute
+
+
+@pytest.mark.parametrize("setting", [{"scale": -1.0}, {"heads": 0}, {"sparsity": -0.1}, {"removal": "wishes"}])
+def test_settings_are_refused(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        RemovalConfig(**setting)
+
+
+# ------------------------------------------------------------------------------------------------ regimes
+
+
+def gradients(objective, trainable, parts, batch):
+    moving, frozen = trainable.init(KEY, parts)
+    return jax.grad(lambda moving: objective(trainable.combine(frozen, moving, KEY), batch, KEY).sum())(moving)
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["shared head", "frozen head"])
+def test_a_core_beside_its_modules_learns_its_own_loss_alone(head):
+    trainable = gated(LAYOUT, GATES, 2, ("model/.*", "adversary/.*"), head=head)
+    objective = debiasing(MODEL, RemovalConfig(), ((0,), (1,)), core=True, gates=GATES)
+    batch = batch_of()
+    found = gradients(objective, trainable, parts_of(), batch)
+    task = jax.grad(lambda params: nll(MODEL.batch_logits(params, batch), batch["label"]).sum())(PARAMS)
+    backbone = {name: part for name, part in task.items() if name not in ("pool", "score")}
+    chex.assert_trees_all_close({n: found["model"][n] for n in backbone}, backbone, rtol=1e-4, atol=1e-6)
+    # The modules start at 0, so each adds one more gradient of the same loss to a shared head.
+    times = 3.0 if head else 1.0
+    chex.assert_trees_all_close(found["model"]["score"], jax.tree.map(lambda x: times * x, task["score"]), rtol=1e-4,
+                                atol=1e-6)  # fmt: skip
+    assert all(float(jnp.abs(module["w"]).max()) > 0 for module in found["modules"])
+
+
+def test_one_module_for_both_attributes_and_the_whole_model():
+    batch = batch_of()
+    objective = debiasing(MODEL, RemovalConfig(), ((0, 1),), gates=None)
+    merged = gradients(objective, gated(LAYOUT, GATES, 1, ("adversary/.*",)), parts_of(), batch)
+    assert all(float(jnp.abs(heads["down"]["bias"]).max()) > 0 for heads in merged["adversary"])
+    whole = jax.grad(lambda parts: objective(parts, batch, KEY).sum())(parts_of())
+    assert float(jnp.abs(whole["model"]["score"]["kernel"]).max()) > 0
+
+
+def test_modules_of_two_attributes_train_side_by_side_over_a_frozen_core():
+    """As members of one program, each with its attribute in the batch; as if trained alone, bit for bit under map."""
+    step = step_of(
+        debiasing(MODEL, RemovalConfig(), ((0,),), gates=GATES), gated(LAYOUT, GATES, 1, ("adversary/.*",)), 1
+    )
+    batches = Batches((Stream(examples(), 32),), 8, 0)
+
+    def only(j, stacked):
+        return stacked | {"attributes": stacked["attributes"][..., j : j + 1]}
+
+    parts = parts_of(attributes=1)
+    alone = [step.init(jax.random.fold_in(KEY, j), parts) for j in range(2)]
+    taken = batches.take(0, 6, 6)
+    both = stack([only(j, taken) for j in range(2)])
+    run = make_run(members(step, "map"))
+    after, _ = run(stack([state for state, _ in alone]), alone[0][1], both, np.asarray([6, 6], np.int32))
+    for j, (state, frozen) in enumerate(alone):
+        expected, _ = make_run(step)(state, frozen, only(j, taken), 6)
+        chex.assert_trees_all_equal(member(after.trainable, j), expected.trainable)
+
+
+def test_members_with_cores_of_their_own():
+    """Seeds whose cores and places differ, in one program."""
+    step = step_of(debiasing(MODEL, RemovalConfig(), ((0,),), gates=None), fixed(LAYOUT, 1, ("adversary/.*",)), 1)
+    taken = Batches((Stream(examples(), 32),), 8, 0).take(0, 4, 4)
+    rng = np.random.default_rng(0)
+    parts = [
+        parts_of(attributes=1) | {"model": classifier(seed=s)[1],
+                                  "modules": [sparse(0.01 * rng.normal(size=LAYOUT.size), 0.02)]}
+        for s in (1, 2)
+    ]  # fmt: skip
+    own = ("model", "modules")
+    together = {**parts[0], **{name: stack([one[name] for one in parts]) for name in own}}
+    for how in ("map", "vmap"):
+        lifted = members(step, how, own)
+        state, frozen = lifted.init(jax.random.split(KEY, 2), together)
+        state = set_schedule(state, learning_rate=0.01, total=4)._replace(opt_state=jax.vmap(
+            lambda s: set_schedule(s, learning_rate=0.01, total=4).opt_state)(state))  # fmt: skip
+        after, _ = make_run(lifted)(state, frozen, stack([taken, taken]), np.asarray([4, 4], np.int32))
+        joined = lifted.combine(frozen, after.trainable)
+        for k, one in enumerate(parts):
+            expected, _, _ = train(step, one, Batches((Stream(examples(), 32),), 8, 0), jax.random.split(KEY, 2)[k], 4)
+            # Where a gradient is 0 but for rounding, as of a key's bias, Adam makes steps of it.
+            tolerance = {"atol": 0.0 if how == "map" else 1e-3, "rtol": 0.0}
+            chex.assert_trees_all_close(member(joined["on"], k), expected["on"], **tolerance)
+
+
+def leaking(params, seed=5):
+    """Share of the attribute's classes that the nearest class mean tells, on rows that were not trained on."""
+    found = [(MODEL.pooled(params, dict(rows.columns)), rows.columns["attributes"][:, 0])
+             for rows in (examples(400, seed), examples(400, seed + 1))]  # fmt: skip
+    (x, y), (test_x, test_y) = found
+    mean_CD = jnp.stack([x[y == c].mean(axis=0) for c in (0, 1)])
+    told = jnp.argmin(((test_x[:, None] - mean_CD[None]) ** 2).sum(-1), axis=1)
+    return float(np.mean([(np.asarray(told)[test_y == c] == c).mean() for c in (0, 1)]))
+
+
+@pytest.fixture(scope="module")
+def leaky():
+    """A core that was trained to tell the attribute and the class."""
+
+    def tells(parts, batch, key):
+        x_BD = MODEL.pooled(parts["model"], batch)
+        task_B = nll(MODEL.classify(parts["model"], x_BD), batch["label"])
+        return task_B + nll(10.0 * x_BD[:, :2], batch["attributes"][:, 0])
+
+    batches = Batches((Stream(examples(400), 50),), 40, 0)
+    parts, _, _ = train(step_of(tells, subset("model/.*"), 1), parts_of(), batches, steps=320)
+    return jax.tree.map(np.asarray, parts["model"])
+
+
+def test_a_module_takes_out_what_the_core_tells_and_keeps_the_task(leaky):
+    assert leaking(leaky) > 0.8
+    rows = Batches((Stream(examples(400), 50),), 40, 0)
+    config = RemovalConfig(removal="information", scale=3.0)
+    step = step_of(debiasing(MODEL, config, ((0,),), gates=GATES), gated(LAYOUT, GATES, 1, ("adversary/.*",)), 1)
+    parts, state, _ = train(step, parts_of() | {"model": leaky}, rows, steps=240)
+    chex.assert_trees_all_equal(parts["model"], leaky)  # the core, head included, is what it was
+    on = parts["on"][0]
+    held_out = dict(examples(400, 7).columns)
+    accuracy = [float((MODEL.batch_logits(p, held_out).argmax(-1) == held_out["label"]).mean()) for p in (leaky, on)]
+    assert leaking(on) < leaking(leaky) - 0.15 and accuracy[1] > accuracy[0] - 0.05, (leaking(on), accuracy)
+
+
+# --------------------------------------------------------------------------- with ensembles and with privacy
+
+
+def test_a_module_shared_by_an_ensemble():
+    """One member is the plain objective; of several the difference is one, and every one gets better."""
+    plain = debiasing(MODEL, RemovalConfig(), ((0,),), gates=GATES)
+    trainable = gated(LAYOUT, GATES, 1, ("adversary/.*",))
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], {n: parts_of()[n] for n in ("model", "adversary")})
+    found = gradients(over_members(plain), trainable, parts_of() | one, batch_of())
+    expected = gradients(plain, trainable, parts_of(), batch_of())
+    chex.assert_trees_all_close(found["modules"], expected["modules"], rtol=1e-4, atol=1e-6)
+    cores = stack([classifier(seed=s)[1] for s in (1, 2, 3)])
+    heads = jax.tree.map(lambda x: jnp.stack([x] * 3), parts_of()["adversary"])
+    step = step_of(over_members(plain), trainable, 1)
+    batches = Batches((Stream(examples(), 32),), 8, 0)
+    parts, state, metrics = train(step, parts_of() | {"model": cores, "adversary": heads}, batches, steps=24)
+    assert state.trainable["modules"][0]["w"].shape == (LAYOUT.size,)
+    chex.assert_trees_all_equal(parts["model"], cores)
+    assert float(metrics["loss"][-4:].mean()) < float(metrics["loss"][:4].mean())
+
+
+@pytest.mark.parametrize("phase", ["gated", "fixed"])
+def test_a_module_trained_with_privacy(phase):
+    """The clipped sum of modules and adversaries together is bounded, and noise moves only what is kept."""
+    gates = GATES if phase == "gated" else None
+    objective = debiasing(MODEL, RemovalConfig(), ((0,),), gates=gates)
+    others = ("adversary/.*",)
+    trainable = gated(LAYOUT, GATES, 1, others) if gates else fixed(LAYOUT, 1, others)
+    kept = sparse(np.random.default_rng(0).normal(size=LAYOUT.size), 0.05)
+    parts = parts_of() | ({} if gates else {"modules": [kept]})
+    how = Clipping("vmap")
+    moving, frozen = trainable.init(KEY, parts)
+
+    def losses(moving, batch, key):
+        return objective(trainable.combine(frozen, moving, key), batch, key)
+
+    total = clipped_sum(losses, moving, batch_of(), KEY, jnp.float32(0.5), how)
+    assert float(optax.tree.norm(total.total)) <= 16 * 0.5 + 1e-4 and bool((total.norm_GU > 0.5).any())
+    step = step_of(objective, trainable, 1, private_gradient(how, 32.0), gaussian_noise())
+    batches = Batches((Stream(examples(), 32),), 4, 0)
+    after, _, metrics = train(step, parts, batches, prepare=functools.partial(set_privacy, bound=0.5, multiplier=0.5))
+    assert bool(jnp.isfinite(metrics["loss"]).all())
+    chex.assert_trees_all_equal(after["model"], PARAMS)
+    if not gates:
+        moved = LAYOUT.add(jax.tree.map(jnp.zeros_like, PARAMS), jnp.zeros(LAYOUT.size).at[kept["place"]].set(1.0))
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda on, base, may: bool(((on == base) | (may == 1)).all()), after["on"][0], PARAMS, moved),
+            jax.tree.map(lambda _: True, moved),
+        )
