@@ -1,0 +1,208 @@
+"""Train modules: gates that close, pruning to the budget, and the values that are left.
+
+Modules train as members of one program: attributes over the same frozen core, seeds, or both. Shapes: K members, J
+modules of a member, N parameters that may differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxforget.command import progress
+from jaxforget.data.tokens import Examples
+from jaxforget.debiasing.differences import difference, fixed, gated, layout_of, sparse
+from jaxforget.debiasing.gates import GateConfig
+from jaxforget.debiasing.objective import RemovalConfig, debiasing, draw_adversaries
+from jaxforget.debiasing.optimizer import grouped, module_groups
+from jaxforget.errors import UserError
+from jaxforget.training.batches import Batches, Stream
+from jaxforget.training.checkpoints import Checkpoints
+from jaxforget.training.ensemble import MemberBatches, Members, member, members, stack
+from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.loop import fit
+from jaxforget.training.optimizer import OptimizerConfig, set_schedule
+from jaxforget.training.step import Trainable, make_step
+from jaxforget.training.trainable import subset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleConfig:
+    """How modules are trained. Rates and clipping: the released code of arXiv 2205.15171, but separate."""
+
+    regime: Literal["post", "par"] = "post"
+    """post: over a finished, frozen core. par: beside the core."""
+    epochs: int = 15
+    """Passes with gates; then the difference is pruned."""
+    fixed_epochs: int = 15
+    """Passes that train the values that are left."""
+    batch_size: int = 64
+    """Examples in a batch."""
+    learning_rate: float = 2e-5
+    """Of the values of a difference."""
+    gate_rate: float = 0.1
+    """Learning rate of the gates."""
+    adversary_rate: float = 1e-4
+    """Learning rate of the adversaries."""
+    core_rate: float = 2e-5
+    """Learning rate of the core and its head, in the regime par."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient of every group to this norm; 0 does not clip."""
+    head: Literal["shared", "frozen"] = "shared"
+    """par: whether the losses with modules on train the task head too."""
+    strict: bool = False
+    """Drop ties at the cut-off as the released code does, instead of using the whole budget."""
+    differs: tuple[str, ...] = (".*",)
+    """Parameters that may differ, as regular expressions for paths; the head never does."""
+
+    def __post_init__(self):
+        for field, low in (("epochs", 1), ("fixed_epochs", 0), ("batch_size", 1)):
+            if getattr(self, field) < low:
+                raise UserError(f"{field} is {getattr(self, field)}; it must be at least {low}")
+
+
+class Subject(NamedTuple):
+    """A member: what it starts from, what it learns from, and which attributes its modules take out."""
+
+    params: Any
+    examples: Examples  # with the column attributes, int32 (N, attributes)
+    shares: list[np.ndarray]  # of the classes of every attribute
+    targets: tuple[tuple[int, ...], ...]  # for every module the attributes it takes out
+    seed: int
+
+
+class Gated(NamedTuple):
+    """A member after the first phase."""
+
+    params: Any
+    adversary: Any
+    values_JN: np.ndarray  # z * w, gates without noise
+
+
+class Fixed(NamedTuple):
+    """A member after the second phase."""
+
+    params: Any
+    modules: list[dict[str, np.ndarray]]  # {"place", "value"}
+
+
+def shares_of(attributes_NJ: np.ndarray, classes: Sequence[int]) -> list[np.ndarray]:
+    """Return the share of every class among the rows whose attribute is known; of one that does not occur, a row's."""
+    found = []
+    for attribute_N, count in zip(attributes_NJ.T, classes, strict=True):
+        known_N = attribute_N[attribute_N >= 0]
+        found.append((np.maximum(np.bincount(known_N, minlength=count), 1) / max(len(known_N), 1)).astype(np.float32))
+    return found
+
+
+def train_gated(model, subjects: Sequence[Subject], config: ModuleConfig, gates: GateConfig, removal: RemovalConfig,
+                **loop: Any) -> list[Gated]:  # fmt: skip
+    """Run the first phase of all members in one program."""
+    layout = layout_of(model, config.differs)
+    modules, par = len(subjects[0].targets), config.regime == "par"
+    trainable = gated(layout, gates, modules, _others(config), head=par and config.head == "shared")
+    objective = debiasing(model, removal, subjects[0].targets, core=par, gates=gates)
+    parts = [_parts(model, subject, removal) for subject in subjects]
+    trained = _train(objective, trainable, subjects, parts, config, config.epochs, "gates", **loop)
+    settle = jax.jit(lambda module: difference(layout, gates, module))
+    return [
+        Gated(part["model"], part["adversary"], np.stack([np.asarray(settle(m)) for m in moving["modules"]]))
+        for part, moving in trained
+    ]
+
+
+def train_fixed(model, subjects: Sequence[Subject], found: Sequence[Gated], density: float, config: ModuleConfig,
+                removal: RemovalConfig, **loop: Any) -> list[Fixed]:  # fmt: skip
+    """Prune to a density and run the second phase of all members in one program."""
+    layout = layout_of(model, config.differs)
+    modules, par = len(subjects[0].targets), config.regime == "par"
+    trainable = fixed(layout, modules, _others(config), head=par and config.head == "shared")
+    objective = debiasing(model, removal, subjects[0].targets, core=par, gates=None)
+    parts = [
+        _parts(model, subject, removal) | {
+            "model": one.params, "adversary": one.adversary,
+            "modules": [sparse(value_N, density, strict=config.strict) for value_N in one.values_JN],
+        }
+        for subject, one in zip(subjects, found, strict=True)
+    ]  # fmt: skip
+    if not config.fixed_epochs:
+        return [Fixed(part["model"], part["modules"]) for part in parts]
+    trained = _train(objective, trainable, subjects, parts, config, config.fixed_epochs, "values", **loop)
+    return [Fixed(part["model"], part["modules"]) for part, _ in trained]
+
+
+def train_whole(model, subjects: Sequence[Subject], config: ModuleConfig, removal: RemovalConfig, epochs: int,
+                **loop: Any) -> list[Any]:  # fmt: skip
+    """Debias whole models, without modules: the full-parameter baseline. Without attributes: train the task alone.
+
+    Their learning rate is config.core_rate. Returns the parameters of every member.
+    """
+    objective = debiasing(model, removal, subjects[0].targets, gates=None)
+    parts = [_parts(model, subject, removal) for subject in subjects]
+    others = ("model/.*", *(["adversary/.*"] * bool(subjects[0].shares)))
+    trained = _train(objective, subset(*others), subjects, parts, config, epochs, "whole model", **loop)
+    return [part["model"] for part, _ in trained]
+
+
+def _others(config: ModuleConfig) -> tuple[str, ...]:
+    return ("adversary/.*", "model/.*") if config.regime == "par" else ("adversary/.*",)
+
+
+def _parts(model, subject: Subject, removal: RemovalConfig) -> dict[str, Any]:
+    key = jax.random.fold_in(jax.random.key(subject.seed), 2)
+    return {"model": subject.params, "shares": [jnp.asarray(share) for share in subject.shares],
+            "adversary": draw_adversaries(key, removal, width_of(model), subject.shares)}  # fmt: skip
+
+
+def width_of(model) -> int:
+    """Return the width of what the head reads."""
+    return jax.eval_shape(lambda p: model.pooled(p, {"tokens": jnp.zeros((1, 2), jnp.int32)}), model.shapes()).shape[1]
+
+
+def _train(
+    objective, trainable: Trainable, subjects: Sequence[Subject], parts: list[dict[str, Any]], config: ModuleConfig,
+    epochs: int, label: str, *, how: Members = "auto", checkpoints: Path | None = None,
+    log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
+    resumed: Callable[[int], None] = lambda step: None, checkpoint_every: int = 0,
+) -> list[tuple[dict[str, Any], Any]]:  # fmt: skip
+    """Train all members; returns for each its parts on the host and what moved."""
+    groups = module_groups(
+        len(subjects[0].targets), gate_rate=config.gate_rate / config.learning_rate,
+        adversary_rate=config.adversary_rate / config.learning_rate, core_rate=config.core_rate / config.learning_rate,
+    )  # fmt: skip
+    settings = OptimizerConfig(schedule="constant", warmup=0.0, max_grad_norm=config.max_grad_norm)
+    step = make_step(objective, trainable, mean_gradient(), grouped(groups, settings))
+    # A core that all members start from and none moves is held once.
+    shared = all(part["model"] is parts[0]["model"] for part in parts)
+    own = tuple(name for name in parts[0] if not (shared and name == "model"))
+    lifted = members(step, how, own)
+    batches = [
+        Batches((Stream(subject.examples, min(config.batch_size, len(subject.examples))),), epochs, subject.seed)
+        for subject in subjects
+    ]
+    started = [step.init(jax.random.key(subject.seed), part) for subject, part in zip(subjects, parts, strict=True)]
+    states = [
+        set_schedule(state, learning_rate=config.learning_rate, total=batch.steps)
+        for (state, _), batch in zip(started, batches, strict=True)
+    ]
+    frozen = {**started[0][1], **stack([{name: one[name] for name in own} for _, one in started])}
+    together = MemberBatches(tuple(batches))
+    with progress(label) as show:
+        loop = {"show": show, "log": log, "resumed": resumed, "checkpoint_every": checkpoint_every}
+        if checkpoints is None:
+            outcome = fit(lifted, stack(states), frozen, together, **loop)
+        else:
+            with Checkpoints(checkpoints) as store:
+                outcome = fit(lifted, stack(states), frozen, together, checkpoints=store, **loop)
+    trained = []
+    for k in range(len(subjects)):
+        mine = {name: member(frozen[name], k) if name in own else frozen[name] for name in frozen}
+        moving = member(outcome.state.trainable, k)
+        trained.append(jax.tree.map(np.asarray, (step.combine(mine, moving), moving)))
+    return trained
