@@ -34,20 +34,19 @@ from jaxforget.metrics.bias.benchmarks import Subject
 from jaxforget.metrics.language import language_metrics, token_scores
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.clipping import Clipping
-from jaxforget.privacy.recipe import private_run
+from jaxforget.privacy.recipe import private_members, private_run
 from jaxforget.privacy.subgroups import NO_BOUND, subgroups
 from jaxforget.report.claims import Claim, judged, statement
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run, plain, write_atomic
 from jaxforget.report.statistics import over_seeds
-from jaxforget.training.ensemble import MemberBatches, Members, member, members, stack
+from jaxforget.training.ensemble import Members, member, members
 from jaxforget.training.loop import fit
 from jaxforget.training.objectives import next_token
-from jaxforget.training.optimizer import TrainConfig, set_schedule
+from jaxforget.training.optimizer import TrainConfig
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
-from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
-from train.lm import check, with_units
+from train.lm import with_units
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,14 +224,9 @@ def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: 
     unit = "record and its counterfactual" if cda == "on" else "record"
     private = [dataclasses.replace(config.dp, **level) for level in levels for _ in range(config.seeds)]
     runs = [private_run(one, config.train, examples, 1 + n, unit) for n, one in enumerate(private)]
-    steps, most = runs[0].batches.steps, max(one.batches.units for one in runs)
-    batches = MemberBatches(tuple(dataclasses.replace(one.batches, at_least=most) for one in runs))
+    steps, rates = runs[0].batches.steps, [config.train.learning_rate] * len(runs)
     objective, parts = next_token(start.model), {"model": start.params(0)}
-    step = make_step(objective, everything(), runs[0].gradient, runs[0].optimizer)
-    check(step, objective, everything(), parts, batches.members[0], config.dp.estimator)
-    fresh, frozen = zip(*(step.init(jax.random.key(1 + n), parts) for n in range(len(runs))), strict=True)
-    states = [one.prepare(set_schedule(state, learning_rate=config.train.learning_rate, total=steps))
-              for one, state in zip(runs, fresh)]  # fmt: skip
+    step, states, frozen, batches = private_members(runs, rates, objective, everything(), parts, config.dp.estimator)
     result, gradients, first, last = [[] for _ in range(config.seeds)], [[] for _ in range(config.seeds)], {}, {}
     rows = config.train.microbatch_of(config.train.batch_size) or config.train.batch_size
 
@@ -252,7 +246,7 @@ def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: 
 
     with command.progress(f"CDA {cda}") as show:
         outcome = fit(
-            members(step, config.members), stack(states), frozen[0], batches, evaluate_every=-(-steps // 2),
+            members(step, config.members), states, frozen, batches, evaluate_every=-(-steps // 2),
             evaluate=look, log=lambda step, metrics: out.log(f"CDA {cda}", step, metrics),
             resumed=lambda step: out.rewind(f"CDA {cda}", step), show=show,
         )  # fmt: skip

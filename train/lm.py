@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
 from jaxforget import command
@@ -27,8 +26,7 @@ from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import language_metrics, masked_once, token_scores
 from jaxforget.models.adapters import check_adapter, save_adapter
 from jaxforget.privacy.accounting import PrivacyConfig
-from jaxforget.privacy.clipping import check_units
-from jaxforget.privacy.recipe import private_run
+from jaxforget.privacy.recipe import check, private_run
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
@@ -38,7 +36,7 @@ from jaxforget.training.objectives import objective_for
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import train_stage
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
-from jaxforget.training.step import Trainable, make_step
+from jaxforget.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,18 +233,6 @@ def with_units(examples, ids: set[str], unit_of: dict[str, str]):
     whole = [identity if identity in ids else identity.rpartition("#")[0] for identity in examples.ids]  # not a chunk
     unit_N = id_keys([unit_of.get(identity, identity) for identity in whole])
     return dataclasses.replace(examples, columns={**examples.columns, "unit": unit_N})
-
-
-def check(step, objective, moving: Trainable, parts, batches, estimator: str) -> None:
-    """Raise UserError for a step whose per-unit gradients would be wrong, before anything is written."""
-    batch = {name: jnp.asarray(column[0]) for name, column in batches.take(0, 1, 1).items()}
-    jax.eval_shape(lambda key: step.update(*step.init(key, parts), batch), jax.random.key(0))
-    trainable, frozen = moving.init(jax.random.key(0), parts)
-
-    def losses(trainable, batch, key):
-        return objective(moving.combine(frozen, trainable), batch, key)
-
-    check_units(losses, trainable, batch, jax.random.key(0), estimator)
 
 
 def lora_of(config: Config, model) -> LoraConfig:

@@ -182,14 +182,21 @@ def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass:
     found = pull(jnp.ones_like(loss_U))
     square = [taps.squared_norm(plan, tap) for plan, tap in zip(plans, found, strict=True)]
     norm_GU, c_GU = _coefficients(square, group, real_U, bound, how)
-    summed = [i for i, plan in enumerate(plans) if plan.form == "norm"]
-    total = [
-        None if plan.form == "norm" else taps.weighted_sum(plan, tap, c_GU[g])
-        for plan, tap, g in zip(plans, found, group, strict=True)
-    ]
-    if summed:
+    finite_U = jnp.all(jnp.isfinite(norm_GU), axis=0)
+    kept = [i for i, plan in enumerate(plans) if plan.form != "norm"]
+
+    def sums(found):
+        return [taps.weighted_sum(plans[i], tap, c_GU[group[i]]) for i, tap in zip(kept, found, strict=True)]
+
+    def without_bad_ones(found):
+        return sums([taps.blanked(plans[i], tap, finite_U) for i, tap in zip(kept, found, strict=True)])
+
+    total: list = [None] * len(plans)
+    found = [found[i] for i in kept]
+    for i, sum_ in zip(kept, jax.lax.cond(jnp.all(finite_U), sums, without_bad_ones, found), strict=True):
+        total[i] = sum_
+    if summed := [i for i, plan in enumerate(plans) if plan.form == "norm"]:
         # A unit that is not finite would make 0 * NaN of its part: put a finite one in its place, and count it 0.
-        finite_U = jnp.all(jnp.isfinite(norm_GU), axis=0)
         first_U = jnp.where(finite_U, jnp.arange(units), jnp.argmax(finite_U))
         row_B = (first_U[:, None] * how.rows + jnp.arange(how.rows)[None]).reshape(-1)
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.privacy.accounting import Mechanism, PrivacyConfig, mechanism
-from jaxforget.privacy.clipping import Clipping
+from jaxforget.privacy.clipping import Clipping, check_units
 from jaxforget.privacy.noise import Adaptive, band_coefficients, gaussian_noise, private_gradient, set_privacy
 from jaxforget.privacy.sampling import PoissonBatches, population
-from jaxforget.training.optimizer import TrainConfig, adamw
-from jaxforget.training.step import Estimator, State
+from jaxforget.training.ensemble import MemberBatches, stack
+from jaxforget.training.optimizer import TrainConfig, adamw, set_schedule
+from jaxforget.training.step import Estimator, Objective, Parts, State, Step, Trainable, make_step
 
 
 class PrivateRun(NamedTuple):
@@ -68,3 +71,37 @@ def adaptive_multiplier(total: float, count_noise: float) -> float:
         raise UserError(f"noise {total:g} is more than the adaptive bound's count can have with this batch, "
                         f"{2.0 * count_noise:g}; give a larger batch, or leave out quantile")  # fmt: skip
     return 1.0 / math.sqrt(total**-2 - (2.0 * count_noise) ** -2)
+
+
+def check(
+    step: Step, objective: Objective, trainable: Trainable, parts: Parts, batches: PoissonBatches, estimator: str
+) -> None:
+    """Raise UserError for a step whose per-unit gradients would be wrong, before anything is written."""
+    batch = {name: jnp.asarray(column[0]) for name, column in batches.take(0, 1, 1).items()}
+    key = jax.random.key(0)
+    jax.eval_shape(lambda key: step.update(*step.init(key, parts), batch), key)
+    moving, frozen = trainable.init(key, parts)
+
+    def losses(moving, batch, key):
+        return objective(trainable.combine(frozen, moving), batch, key)
+
+    check_units(losses, moving, batch, key, estimator)
+
+
+def private_members(
+    runs: Sequence[PrivateRun], learning_rates: Sequence[float], objective: Objective, trainable: Trainable,
+    parts: Parts, estimator: str,
+) -> tuple[Step, State, Parts, MemberBatches]:  # fmt: skip
+    """Let private runs of the same settings but privacy level, seed and rate share one step and one shape of batch.
+
+    Returns the step of one, the K states, what is frozen and the batches of all. Raises UserError as `check` does.
+    """
+    most = max(run.batches.units for run in runs)
+    batches = MemberBatches(tuple(dataclasses.replace(run.batches, at_least=most) for run in runs))
+    step = make_step(objective, trainable, runs[0].gradient, runs[0].optimizer)
+    check(step, objective, trainable, parts, batches.members[0], estimator)
+    states = []
+    for run, rate in zip(runs, learning_rates, strict=True):
+        state, frozen = step.init(jax.random.key(run.batches.seed), parts)
+        states.append(run.prepare(set_schedule(state, learning_rate=rate, total=run.batches.steps)))
+    return step, stack(states), frozen, batches

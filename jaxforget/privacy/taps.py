@@ -224,19 +224,22 @@ def second_sum(tap: PyTree) -> jax.Array:
 def weighted_sum(plan: Plan, tap: PyTree, weight_U: jax.Array) -> jax.Array:
     """Return sum over units of weight * gradient, float32, in the shape of the leaf. Not for the form norm.
 
-    A unit of weight 0 adds exactly nothing, whatever it holds.
+    A unit of weight 0 adds nothing if it is finite; see `blanked`.
     """
     lead, shape = plan.lead, plan.uses[0].shape
     if plan.form == "explicit":
-        tap = _without(tap, weight_U, len(lead))
         # Scaling and then adding would take several times longer.
         return jnp.tensordot(weight_U, tap, axes=(0, len(lead)), precision="highest")
     total = 0.0
     for kind, parts in tap.items():
-        a, b = (_without(parts[name], weight_U, len(lead)) for name in ("a", "b"))
+        a, b = parts["a"], parts["b"]
         if b.dtype != jnp.float32:  # rounding may not lengthen what one unit adds
             weight_U = weight_U * (1.0 - 2.0**-7)
-        b = b * weight_U.astype(b.dtype).reshape(*(1 for _ in lead), -1, 1, 1)
+        weight = weight_U.astype(b.dtype).reshape(*(1 for _ in lead), -1, 1, 1)
+        if kind == "gather" or b.size <= a.size:  # scale the smaller one
+            b = b * weight
+        else:
+            a = a * weight
         b = b.reshape(*lead, -1, b.shape[-1])
         if kind == "gather":
             add = jnp.zeros((*lead, *shape), jnp.float32)
@@ -250,7 +253,11 @@ def weighted_sum(plan: Plan, tap: PyTree, weight_U: jax.Array) -> jax.Array:
     return total
 
 
-def _without(x, weight_U, axis: int):
-    """Blank the units of weight 0, which may hold anything, even NaN."""
-    kept = (weight_U != 0).reshape(*(1 for _ in range(axis)), -1, *(1 for _ in range(x.ndim - axis - 1)))
-    return jnp.where(kept, x, 0)
+def blanked(plan: Plan, tap: PyTree, kept_U: jax.Array) -> PyTree:
+    """Replace all that other units than those kept left in a tap by 0: a NaN times weight 0 is no 0."""
+    axis = len(plan.lead)
+
+    def blank(x):
+        return jnp.where(kept_U.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in range(x.ndim - axis - 1))), x, 0)
+
+    return jax.tree.map(blank, tap)
