@@ -172,46 +172,27 @@ def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass:
     empty = [taps.zeros(plan, units) for plan in plans]
     group = _groups(trainable, how)
 
-    def pull_of(run):
-        # Nothing is differentiated by the parameters themselves: in half precision their cotangents would be rounded
-        # after the sum over units, by more than what one unit may add.
-        loss_U, pull = jax.vjp(lambda tap: run(treedef.unflatten(map(Tapped, leaves, tap, specs))), empty)
-        return loss_U, lambda weight_U: pull(weight_U)[0]
-
-    loss_U, pull = pull_of(run)
-    found = pull(jnp.ones_like(loss_U))
+    # Nothing is differentiated by the parameters themselves: in half precision their cotangents would be rounded after
+    # the sum over units, by more than what one unit may add.
+    loss_U, pull = jax.vjp(lambda tap: run(treedef.unflatten(map(Tapped, leaves, tap, specs))), empty)
+    (found,) = pull(jnp.ones_like(loss_U))
     square = [taps.squared_norm(plan, tap) for plan, tap in zip(plans, found, strict=True)]
     norm_GU, c_GU = _coefficients(square, group, real_U, bound, how)
-    finite_U = jnp.all(jnp.isfinite(norm_GU), axis=0)
-    kept = [i for i, plan in enumerate(plans) if plan.form != "norm"]
+    # A pass for every group gives the sums that the first one did not keep.
+    again = [pull(c_U)[0] for c_U in c_GU] if any(plan.form == "norm" for plan in plans) else []
+    total = [
+        taps.second_sum(again[g][i]) if plan.form == "norm" else taps.weighted_sum(plan, found[i], c_GU[g])
+        for i, (plan, g) in enumerate(zip(plans, group, strict=True))
+    ]
 
-    def sums(found):
-        return [taps.weighted_sum(plans[i], tap, c_GU[group[i]]) for i, tap in zip(kept, found, strict=True)]
+    # Of a unit that is not finite, 0 times its part is no 0. Such a sum is replaced by one made unit by unit; the loop
+    # takes no turn where all is well, also for members side by side.
+    def add(u, total):
+        unit = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, u * how.rows, how.rows), batch)
+        one = jax.tree.leaves(_vmap(losses, trainable, unit, key, bound, how).total)
+        return [jnp.where(u == 0, 0, sum_) + x for sum_, x in zip(total, one, strict=True)]
 
-    def without_bad_ones(found):
-        return sums([taps.blanked(plans[i], tap, finite_U) for i, tap in zip(kept, found, strict=True)])
-
-    total: list = [None] * len(plans)
-    found = [found[i] for i in kept]
-    for i, sum_ in zip(kept, jax.lax.cond(jnp.all(finite_U), sums, without_bad_ones, found), strict=True):
-        total[i] = sum_
-    if summed := [i for i, plan in enumerate(plans) if plan.form == "norm"]:
-        # A unit that is not finite would make 0 * NaN of its part: put a finite one in its place, and count it 0.
-        first_U = jnp.where(finite_U, jnp.arange(units), jnp.argmax(finite_U))
-        row_B = (first_U[:, None] * how.rows + jnp.arange(how.rows)[None]).reshape(-1)
-
-        def again(pull):
-            found_G = [pull(c_G) for c_G in c_GU]
-            return [taps.second_sum(found_G[group[i]][i]) for i in summed]
-
-        def without_bad():
-            replaced = jax.tree.map(lambda x: x[row_B], batch)
-            sums = again(pull_of(_unit_losses(losses, replaced, key, how)[0])[1])
-            return [jnp.where(jnp.any(finite_U), x, 0) for x in sums]
-
-        sums = jax.lax.cond(jnp.all(finite_U), lambda: again(pull), without_bad)
-        for i, sum_ in zip(summed, sums, strict=True):
-            total[i] = sum_
+    total = jax.lax.fori_loop(0, jnp.where(jnp.all(jnp.isfinite(norm_GU)), 0, units), add, total)
     return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
 
 

@@ -224,7 +224,7 @@ def second_sum(tap: PyTree) -> jax.Array:
 def weighted_sum(plan: Plan, tap: PyTree, weight_U: jax.Array) -> jax.Array:
     """Return sum over units of weight * gradient, float32, in the shape of the leaf. Not for the form norm.
 
-    A unit of weight 0 adds nothing if it is finite; see `blanked`.
+    A unit of weight 0 adds nothing, if it is finite.
     """
     lead, shape = plan.lead, plan.uses[0].shape
     if plan.form == "explicit":
@@ -251,13 +251,3 @@ def weighted_sum(plan: Plan, tap: PyTree, weight_U: jax.Array) -> jax.Array:
             a, b = (b, a) if kind == "score" else (a, b)
             total += _float32("...md,...mf->...df", a, b)
     return total
-
-
-def blanked(plan: Plan, tap: PyTree, kept_U: jax.Array) -> PyTree:
-    """Replace all that other units than those kept left in a tap by 0: a NaN times weight 0 is no 0."""
-    axis = len(plan.lead)
-
-    def blank(x):
-        return jnp.where(kept_U.reshape(*(1 for _ in range(axis)), -1, *(1 for _ in range(x.ndim - axis - 1))), x, 0)
-
-    return jax.tree.map(blank, tap)
