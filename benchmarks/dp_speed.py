@@ -3,7 +3,8 @@
     python -m benchmarks.dp_speed --width 768 --layers 4 --vocab-size 50257
 
 All ways compute the same model in one run, in turns, and a ratio is that of one turn; their median counts. Memory is
-what the compiled step allocates besides its arguments. Peers are measured where they are installed: jax_privacy on
+what the compiled step allocates besides its arguments and results. Noise is drawn once a batch, however large that is,
+and so stands apart. Peers are measured where they are installed: jax_privacy on
 the same losses, Opacus (hooks and ghost clipping) on transformers' GPT-2 of the same shape, against torch's own step.
 """
 
@@ -24,14 +25,14 @@ import optax
 from jaxforget import command
 from jaxforget.errors import UserError
 from jaxforget.models import gpt2
-from jaxforget.models.layers import REMAT
-from jaxforget.models.model import DTYPES, build
+from jaxforget.models.model import build
 from jaxforget.privacy.clipping import Clipping
 from jaxforget.privacy.noise import gaussian_noise, private_gradient
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import next_token
+from jaxforget.training.start import ComputeConfig
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 
@@ -54,16 +55,11 @@ class Config:
     """Records of a batch."""
     microbatch: int = 4
     """Records at a time, for the ways that have micro-batches."""
-    remat: str = "none"
-    """What the backward pass computes again."""
-    dtype: str = "float32"
-    """Of activations."""
-    scan_layers: bool = True
-    """One compiled block for all layers."""
     whole: bool = True
     """Also without micro-batches."""
     repeats: int = 5
     """Turns."""
+    compute: ComputeConfig = ComputeConfig(dtype="float32")
 
 
 def small() -> Config:
@@ -72,11 +68,16 @@ def small() -> Config:
 
 
 def wide() -> Config:
-    """the width and vocabulary of GPT-2, 4 layers, half a batch of it: about ten minutes on two CPU cores"""
+    """the width and vocabulary of GPT-2, 4 layers: about ten minutes on two CPU cores"""
     return Config(width=768, vocab_size=50257, batch_size=8, repeats=3)
 
 
-PRESETS = {"small": small, "wide": wide}
+def gpt2_small() -> Config:
+    """GPT-2 with its 12 layers, micro-batches only: about ten minutes on two CPU cores, and 10 GB of memory"""
+    return Config(width=768, vocab_size=50257, layers=12, batch_size=8, repeats=3, whole=False)
+
+
+PRESETS = {"small": small, "wide": wide, "gpt2": gpt2_small}
 FIELDS = ("name", "seconds", "times_plain", "times_plain_low", "times_plain_high", "memory_mb", "memory_times_plain",
           "compile_seconds")  # fmt: skip
 
@@ -84,17 +85,12 @@ FIELDS = ("name", "seconds", "times_plain", "times_plain_low", "times_plain_high
 def run(config: Config) -> None:
     """Compile every way, then run them in turns."""
     command.at_least(1, width=config.width, layers=config.layers, batch_size=config.batch_size, repeats=config.repeats)
-    for name, value, valid in (("remat", config.remat, REMAT), ("dtype", config.dtype, DTYPES)):
-        if value not in valid:
-            raise UserError(f"--{name} is {value!r}; supported: {', '.join(valid)}")
     if config.batch_size % config.microbatch:
         raise UserError(f"--microbatch {config.microbatch} does not divide the batch of {config.batch_size}")
     out = Run("benchmarks.dp_speed", config, config.out, None)
     out.begin()
-    ways = {**ours(config), **jax_privacy(config)}
-    rows = measure(config, ways)
-    peers = opacus(config)
-    if peers:
+    rows = measure(config, {**ours(config), **jax_privacy(config)})  # and let go of them: each holds an Adam's state
+    if peers := opacus(config):
         rows += measure(config, peers)
     document = out.finish(rows)
 
@@ -117,10 +113,9 @@ Way = tuple[Callable[[], Any], str, float | None, float]  # one step, the way it
 
 def model_of(config: Config):
     """Return the model, its parameters and a batch of full records."""
-    heads = max(1, config.width // 64)
     shape = gpt2.Config(vocab_size=config.vocab_size, n_positions=config.context, n_embd=config.width,
-                        n_layer=config.layers, n_head=heads)  # fmt: skip
-    model = build(shape, dtype=config.dtype, remat=config.remat, scan_layers=config.scan_layers)
+                        n_layer=config.layers, n_head=max(1, config.width // 64))  # fmt: skip
+    model = config.compute.apply(build(shape))
     rng = np.random.default_rng(0)
     token_BT = rng.integers(0, config.vocab_size, (config.batch_size, config.context + 1)).astype(np.int32)
     ones = jnp.ones(config.batch_size)
@@ -136,7 +131,8 @@ def ours(config: Config) -> dict[str, Way]:
         about = f", micro-batch {size}" if size else ""
         gradients = {"plain": (mean_gradient(size), optax.identity())}
         for name in ("bookkeep", "ghost", "vmap"):
-            gradients[name] = private_gradient(Clipping(name), float(config.batch_size), size), gaussian_noise()
+            gradients[name] = private_gradient(Clipping(name), float(config.batch_size), size), optax.identity()
+        gradients["bookkeep and noise"] = gradients["bookkeep"][0], gaussian_noise()
         for name, (gradient, noise) in gradients.items():
             step = make_step(next_token(model), everything(), gradient, optax.chain(noise, optax.adam(1e-4)))
             state, frozen = step.init(jax.random.key(0), {"model": params})
@@ -169,7 +165,7 @@ def jax_privacy(config: Config) -> dict[str, Way]:
         return jnp.mean(objective({"model": params}, one, None))
 
     ways = {}
-    for size in (None, config.microbatch):
+    for size in (None, config.microbatch) if config.whole else (config.microbatch,):
         gradient = clipped_grad(loss, l2_clip_norm=0.1, batch_argnums=1, keep_batch_dim=True, microbatch_size=size)
         about = f", micro-batch {size}" if size else ""
         ways[f"jax_privacy{about}"] = compiled(gradient, (params, batch), f"plain{about}")

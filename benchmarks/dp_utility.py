@@ -61,7 +61,7 @@ class Config:
     data: str | None = None
     """Training data."""
     validation: str | None = None
-    """Data that rates are chosen on. Default: a tenth of the questions or texts of --data, which training then lacks."""
+    """Data that rates are chosen on. Default: a tenth of the questions or texts of --data, left out of training."""
     test: str | None = None
     """Data that results are of."""
     epsilons: tuple[float, ...] = (3.0, 8.0)
