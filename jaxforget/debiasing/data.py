@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -12,10 +13,12 @@ from jaxforget.data.sampling import hash64, id_keys, order
 from jaxforget.data.sources import Record, content_id
 from jaxforget.data.tokens import Examples, right_pad
 from jaxforget.errors import UserError
+from jaxforget.models.hub import read_json
 
 SETS = ("train", "valid", "test")
 SPLIT = 0x53504C54  # what a hash is for
 PAD, START, OTHER = 0, 1, 2  # ids of a vocabulary made of token ids: padding, the first token, and rare ones
+TOKENS = "token_ids.json"  # the file of such a vocabulary in a model directory
 
 
 def attribute_names(
@@ -48,17 +51,14 @@ def attributes_of(records: Sequence[Record], names: dict[str, tuple[str, ...]]) 
     return np.asarray(columns, np.int32).T.reshape(len(records), len(names))
 
 
-def unique(records: Sequence[Record]) -> list[Record]:
-    """Give records of several sources that say the same ids of their own: "-2", "-3", in the order they come."""
+def by_content(records: Sequence[Record]) -> list[Record]:
+    """Name records of several sources by what they say, with "-2", "-3" for exact duplicates in the order they come."""
     seen: Counter[str] = Counter()
     result = []
     for record in records:
-        seen[record.id] += 1
-        number = seen[record.id]
-        result.append(record if number == 1 else dataclasses.replace(record, id=f"{record.id}-{number}"))
-    taken = Counter(record.id for record in result)
-    if twice := [identity for identity, count in taken.items() if count > 1]:
-        raise UserError(f"two records have the id {twice[0]!r}; give each one an id of its own")
+        digest = content_id(record.prompt, record.text)
+        seen[digest] += 1
+        result.append(dataclasses.replace(record, id=digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"))
     return result
 
 
@@ -105,14 +105,36 @@ def token_vocabulary(records: Sequence[Record], size: int) -> dict[str, int]:
     return {token: 3 + place for place, token in enumerate(commonest)}
 
 
-def token_examples(records: Sequence[Record], vocabulary: dict[str, int], max_length: int) -> Examples:
-    """Encode records whose text is token ids: START and then what the vocabulary makes of them, cut to max_length."""
-    rows = [[START, *(vocabulary.get(token, OTHER) for token in record.text.split())] for record in records]
+def read_vocabulary(file: Path) -> dict[str, int]:
+    """Read what `token_vocabulary` gave and a model directory keeps."""
+    vocabulary = read_json(file)
+    if sorted(vocabulary.values()) != list(range(3, 3 + len(vocabulary))):
+        raise UserError(f"{file} is no vocabulary of token ids")
+    return vocabulary
+
+
+def classify_tokens(
+    records: Sequence[Record], vocabulary: dict[str, int], labels: Sequence[str], max_length: int
+) -> Examples:
+    """Encode records whose text is token ids, and their class: START and then what the vocabulary makes of them.
+
+    Raises UserError for a text that is not token ids and for a label that is not among the names.
+    """
+    place = {name: index for index, name in enumerate(labels)}
+    rows = []
+    for record in records:
+        if not all(token.isdecimal() for token in record.text.split()):
+            raise UserError(f"record {record.id!r} is not token ids separated by spaces; leave out --token-ids")
+        if str(record.fields["label"]) not in place:
+            raise UserError(f"record {record.id!r} has the label {record.fields['label']!r}; known are "
+                            f"{', '.join(labels)}")  # fmt: skip
+        rows.append([START, *(vocabulary.get(token, OTHER) for token in record.text.split())])
     ids = tuple(record.id for record in records)
     columns = {
         "tokens": right_pad([row[:max_length] for row in rows], PAD, max_length),
         "length": np.asarray([min(len(row), max_length) for row in rows], np.int32),
         "key": id_keys(ids),
+        "label": np.asarray([place[str(record.fields["label"])] for record in records], np.int32),
     }
     return Examples(ids, columns, PAD, sum(len(row) > max_length for row in rows))
 
@@ -121,3 +143,28 @@ def with_attributes(examples: Examples, records: Sequence[Record], names: dict[s
     """Add the column `attributes`, int32 (N, J)."""
     assert examples.ids == tuple(record.id for record in records)
     return dataclasses.replace(examples, columns=examples.columns | {"attributes": attributes_of(records, names)})
+
+
+def generated(count: int, seed: int, *, told: float = 0.9) -> list[Record]:
+    """Make reviews of fictional inns: the label is whether the guest would return, the attributes are coast and guild.
+
+    A word tells each of the three, right with probability `told`, and is as likely for every value of the others; so a
+    representation could solve the task without leaking, and the label alone tells nothing of an attribute.
+    """
+    words = {
+        "label": {"no": ("draughty", "noisy", "stale"), "yes": ("snug", "quiet", "fresh")},
+        "coast": {"north": ("skerry", "haar", "voe"), "south": ("lagoon", "breeze", "dune")},
+        "guild": {"miller": ("loaf", "sieve", "grist"), "weaver": ("shawl", "loom", "yarn")},
+    }
+    filler = ("room", "stairs", "supper", "window", "host", "lantern", "bell", "yard", "road", "evening")
+    rng = np.random.default_rng(seed)
+    records = []
+    for n in range(count):
+        fields, said = {}, [str(word) for word in rng.choice(filler, 4)]
+        for name, values in words.items():
+            one, other = (str(value) for value in rng.permutation(list(values)))
+            fields[name] = one
+            said.append(str(rng.choice(values[one if rng.random() < told else other])))
+        text = " ".join(str(word) for word in rng.permutation(said))
+        records.append(Record(id=f"inn-{seed}-{n}", text=text, fields=fields))
+    return records

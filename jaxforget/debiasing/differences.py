@@ -136,25 +136,41 @@ def fixed(layout: Layout, modules: int = 1, others: tuple[str, ...] = (), *, hea
         given = parts["modules"]
         moving, frozen = _others(key, {name: part for name, part in parts.items() if name != "modules"}, others)
         moving["modules"] = [{"value": module["value"]} for module in given[:modules]]
-        return moving, frozen | {"modules": [{"place": module["place"]} for module in given[:modules]]}
+        return moving, frozen | {"modules": [_where(layout, module["place"]) for module in given[:modules]]}
 
     def combine(frozen: Parts, moving: PyTree, key=None) -> Parts:
         parts = _joined({name: part for name, part in frozen.items() if name != "modules"}, moving)
-        places = [module["place"] for module in frozen["modules"]]
-        values = [module["value"] for module in moving["modules"]]
+        modules = [{**where, **module} for where, module in zip(frozen["modules"], moving["modules"], strict=True)]
         return parts | {
-            "on": [_switched(layout, parts["model"], dense(layout, place, value), head)
-                   for place, value in zip(places, values, strict=True)],
-            "modules": [{"place": p, "value": v} for p, v in zip(places, values, strict=True)],
-        }  # fmt: skip
+            "on": [_switched(layout, parts["model"], _placed(**module), head) for module in modules],
+            "modules": [{"place": module["place"], "value": module["value"]} for module in modules],
+        }
 
     return Trainable(init, combine)
 
 
 def dense(layout: Layout, place_P, value_P) -> jax.Array:
     """Return the difference as a vector (N,). Places from N on are padding."""
-    zero = jnp.zeros(layout.size, jnp.float32)
-    return zero.at[place_P].set(value_P, mode="drop", indices_are_sorted=True, unique_indices=True)
+    return _placed(jnp.asarray(value_P), **_where(layout, place_P))
+
+
+def _where(layout: Layout, place_P) -> dict[str, jax.Array]:
+    """Return the places, and for each of the N parameters its value's place among the P, or P where it has none."""
+    place_P, count = jnp.asarray(place_P), len(place_P)
+    source_N = jnp.full(layout.size, count, jnp.int32).at[place_P].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
+    return {"place": place_P, "source": source_N}
+
+
+@jax.custom_vjp
+def _placed(value, place, source):
+    """Put values in their places: a gather both ways. A scatter takes a CPU several times as long as the model."""
+    return jnp.take(jnp.pad(value, (0, 1)), source)
+
+
+_placed.defvjp(
+    lambda value, place, source: (_placed(value, place, source), place),
+    lambda place, g: (jnp.take(g, place, mode="fill", fill_value=0.0), None, None),
+)
 
 
 def _switched(layout: Layout, model: PyTree, delta_N, head: bool) -> PyTree:

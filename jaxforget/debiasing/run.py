@@ -18,7 +18,7 @@ import numpy as np
 from jaxforget.command import progress
 from jaxforget.data.tokens import Examples
 from jaxforget.debiasing.differences import difference, fixed, gated, layout_of, sparse
-from jaxforget.debiasing.gates import GateConfig
+from jaxforget.debiasing.gates import GateConfig, stretched
 from jaxforget.debiasing.objective import RemovalConfig, debiasing, draw_adversaries
 from jaxforget.debiasing.optimizer import grouped, module_groups
 from jaxforget.errors import UserError
@@ -36,8 +36,8 @@ from jaxforget.training.trainable import subset
 class ModuleConfig:
     """How modules are trained. Rates and clipping: the released code of arXiv 2205.15171, but separate."""
 
-    regime: Literal["post", "par"] = "post"
-    """post: over a finished, frozen core. par: beside the core."""
+    regime: Literal["post", "par", "task"] = "post"
+    """post: over a finished, frozen core. par: beside the core. task: over frozen weights, and the head trains too."""
     epochs: int = 15
     """Passes with gates; then the difference is pruned."""
     fixed_epochs: int = 15
@@ -65,6 +65,8 @@ class ModuleConfig:
         for field, low in (("epochs", 1), ("fixed_epochs", 0), ("batch_size", 1)):
             if getattr(self, field) < low:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least {low}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0")
 
 
 class Subject(NamedTuple):
@@ -105,11 +107,15 @@ def train_gated(model, subjects: Sequence[Subject], config: ModuleConfig, gates:
                 **loop: Any) -> list[Gated]:  # fmt: skip
     """Run the first phase of all members in one program."""
     layout = layout_of(model, config.differs)
-    modules, par = len(subjects[0].targets), config.regime == "par"
-    trainable = gated(layout, gates, modules, _others(config), head=par and config.head == "shared")
-    objective = debiasing(model, removal, subjects[0].targets, core=par, gates=gates)
+    trainable = gated(layout, gates, len(subjects[0].targets), **_besides(model, subjects[0], config))
+    objective = debiasing(model, removal, subjects[0].targets, core=config.regime == "par", gates=gates)
     parts = [_parts(model, subject, removal) for subject in subjects]
-    trained = _train(objective, trainable, subjects, parts, config, config.epochs, "gates", **loop)
+
+    def density(parts_K):
+        """Share of gates that are open without noise, by module, mean over members."""
+        return [float(jnp.mean(stretched(gate["alpha"], gates) > 0)) for gate in parts_K["gates"]]
+
+    trained = _train(objective, trainable, subjects, parts, config, config.epochs, "gates", density=density, **loop)
     settle = jax.jit(lambda module: difference(layout, gates, module))
     return [
         Gated(part["model"], part["adversary"], np.stack([np.asarray(settle(m)) for m in moving["modules"]]))
@@ -121,9 +127,8 @@ def train_fixed(model, subjects: Sequence[Subject], found: Sequence[Gated], dens
                 removal: RemovalConfig, **loop: Any) -> list[Fixed]:  # fmt: skip
     """Prune to a density and run the second phase of all members in one program."""
     layout = layout_of(model, config.differs)
-    modules, par = len(subjects[0].targets), config.regime == "par"
-    trainable = fixed(layout, modules, _others(config), head=par and config.head == "shared")
-    objective = debiasing(model, removal, subjects[0].targets, core=par, gates=None)
+    trainable = fixed(layout, len(subjects[0].targets), **_besides(model, subjects[0], config))
+    objective = debiasing(model, removal, subjects[0].targets, core=config.regime == "par", gates=None)
     parts = [
         _parts(model, subject, removal) | {
             "model": one.params, "adversary": one.adversary,
@@ -145,13 +150,21 @@ def train_whole(model, subjects: Sequence[Subject], config: ModuleConfig, remova
     """
     objective = debiasing(model, removal, subjects[0].targets, gates=None)
     parts = [_parts(model, subject, removal) for subject in subjects]
-    others = ("model/.*", *(["adversary/.*"] * bool(subjects[0].shares)))
-    trained = _train(objective, subset(*others), subjects, parts, config, epochs, "whole model", **loop)
+    moving = subset("model/.*", *_adversaries(subjects[0]))
+    trained = _train(objective, moving, subjects, parts, config, epochs, "whole model", **loop)
     return [part["model"] for part, _ in trained]
 
 
-def _others(config: ModuleConfig) -> tuple[str, ...]:
-    return ("adversary/.*", "model/.*") if config.regime == "par" else ("adversary/.*",)
+def _besides(model, subject: Subject, config: ModuleConfig) -> dict[str, Any]:
+    """Say what trains in full beside the modules, and whether the losses with a module on train the head."""
+    head = "|".join(name for name in model.shapes() if name not in model.headless.shapes())
+    moving = {"post": (), "par": ("model/.*",), "task": (f"model/({head})/.*",)}[config.regime]
+    learns = config.regime == "task" or (config.regime == "par" and config.head == "shared")
+    return {"others": (*moving, *_adversaries(subject)), "head": learns}
+
+
+def _adversaries(subject: Subject) -> tuple[str, ...]:
+    return ("adversary/.*",) if subject.shares else ()
 
 
 def _parts(model, subject: Subject, removal: RemovalConfig) -> dict[str, Any]:
@@ -170,8 +183,12 @@ def _train(
     epochs: int, label: str, *, how: Members = "auto", checkpoints: Path | None = None,
     log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
     resumed: Callable[[int], None] = lambda step: None, checkpoint_every: int = 0,
+    density: Callable[[dict[str, Any]], list[float]] | None = None,
 ) -> list[tuple[dict[str, Any], Any]]:  # fmt: skip
-    """Train all members; returns for each its parts on the host and what moved."""
+    """Train all members; returns for each its parts on the host and what moved.
+
+    how: members one after the other or side by side. log gets the metrics of every step, and once an epoch `density`.
+    """
     groups = module_groups(
         len(subjects[0].targets), gate_rate=config.gate_rate / config.learning_rate,
         adversary_rate=config.adversary_rate / config.learning_rate, core_rate=config.core_rate / config.learning_rate,
@@ -193,8 +210,15 @@ def _train(
     ]
     frozen = {**started[0][1], **stack([{name: one[name] for name in own} for _, one in started])}
     together = MemberBatches(tuple(batches))
+
+    def watch(done, parts_K):
+        log(done, {"density": density(parts_K)})
+        return False
+
     with progress(label) as show:
         loop = {"show": show, "log": log, "resumed": resumed, "checkpoint_every": checkpoint_every}
+        if density is not None:
+            loop |= {"evaluate": watch, "evaluate_every": together.steps // epochs}
         if checkpoints is None:
             outcome = fit(lifted, stack(states), frozen, together, **loop)
         else:

@@ -46,12 +46,16 @@ class Modular:
         self._stack = jax.tree.map(lambda x: jnp.stack([x] * (slots + 1)), self.base)  # slot 0: the base
 
     def names(self, names: Collection[str]) -> tuple[str, ...]:
-        """Return a set of names in order. Raises UserError for one that is not known: never the base in its place."""
-        if isinstance(names, str):
-            names = (names,)
-        if unknown := sorted(set(names) - set(self.modules)):
+        """Return a set of names in order, with those that they require, such as the task's own module.
+
+        Raises UserError for one that is not known: never the base in its place.
+        """
+        names = {names} if isinstance(names, str) else set(names)
+        for name in names & set(self.modules):
+            names = names.union(self.modules[name].about.get("requires", ()))
+        if unknown := sorted(names - set(self.modules)):
             raise UserError(f"unknown module {unknown[0]!r}; loaded are {', '.join(sorted(self.modules)) or 'none'}")
-        return tuple(sorted(set(names)))
+        return tuple(sorted(names))
 
     def params(self, names: Collection[str] = ()) -> Params:
         """Return the weights with these modules on; with none the base itself, bit for bit."""

@@ -105,3 +105,12 @@ def test_overlap_is_told_once():
     for _ in range(2):
         modular.params(("age", "gender"))
     assert len(said) == 1 and said[0].startswith("modules age and gender overlap at ")
+
+
+def test_what_a_module_requires_comes_with_it():
+    """An attribute taken out of a task that is a module itself."""
+    modules = {"task": module_of(4), "age": module_of(1, requires=["task"])}
+    modular = Modular(MODEL, PARAMS, modules)
+    chex.assert_trees_all_equal(modular.params(["age"]), jax.tree.map(jnp.asarray, merged(PARAMS, modules)))
+    with pytest.raises(UserError, match="unknown module 'task'; loaded are age"):
+        Modular(MODEL, PARAMS, {"age": modules["age"]}).params(["age"])

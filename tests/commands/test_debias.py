@@ -1,0 +1,195 @@
+"""train.debias and eval.leakage: what they leave, what stays exact, and what they refuse."""
+
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+import running
+from shards import call, done
+
+import eval.leakage
+import train.debias
+from jaxforget.debiasing.data import by_content, generated, split_by_content
+from jaxforget.debiasing.modules import inspect, load_module, merged
+from jaxforget.errors import UserError
+from jaxforget.models import hub
+from jaxforget.models.adapters import digest
+
+QUICK = ("--records", 160, "--epochs", 1, "--fixed-epochs", 1, "--task-epochs", 1, "--attack.epochs", 1,
+         "--size.width", 16, "--size.layers", 1, "--size.heads", 2, "--size.vocab-size", 300)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("debias")
+    done(train.debias, *QUICK, "--density", 0.05, "--export", "--out", home / "post")
+    done(train.debias, *QUICK, "--density", 0.02, "--regime", "par", "--merge", "--out", home / "par")
+    return home
+
+
+def load(out, *names):
+    model, params = hub.load(out / "core")
+    return model, params, {n: load_module(out / f"modules/{n}.safetensors", digest(params)) for n in names}
+
+
+def test_a_module_an_attribute_within_its_budget(home):
+    _, params, modules = load(home / "post", "coast", "guild")
+    size = sum(x.size for name, part in params.items() if name not in ("pool", "score") for x in jax.tree.leaves(part))
+    for name, module in modules.items():
+        row = running.row(home / "post", name)
+        assert module.size == size and 0 < module.nonzeros <= round(0.05 * size)
+        assert row["achieved_density"] == pytest.approx(module.nonzeros / size) and row["density"] == 0.05
+        assert module.about["attribute"] == name and module.about["regime"] == "post"
+        assert sum(inspect(module)["share_by_part"].values()) == pytest.approx(1)
+    names = [row["name"] for row in running.results(home / "post")["results"]]
+    assert names == ["core", "coast", "guild", "coast+guild", "LEACE coast", "LEACE guild", "LEACE coast+guild"]
+    assert not (home / "post/checkpoints").exists() and "http" not in (
+        (home / "post/report.html").read_text().replace("http://www.w3.org", "")
+    )
+    densities = [line["density"] for line in running.metrics(home / "post") if "density" in line]
+    assert densities[0] == [1.0]  # before the first step all gates are open
+
+
+def test_merged_directories_are_the_core_with_its_modules(home):
+    _, params, modules = load(home / "post", "coast", "guild")
+    for chosen in (("coast",), ("coast", "guild")):
+        _, found = hub.load(home / "post/merged" / "+".join(chosen))
+        chex.assert_trees_all_equal(found, merged(params, {name: modules[name] for name in chosen}))
+
+
+def test_one_module_beside_its_core(home):
+    _, _, modules = load(home / "par", "coast+guild")
+    assert modules["coast+guild"].about["regime"] == "par" and not (home / "par/merged").exists()
+    assert [row["name"] for row in running.results(home / "par")["results"]][:2] == ["core", "coast+guild"]
+
+
+def test_leakage_of_what_was_trained(home, tmp_path):
+    """The same core, modules, data and attackers: the same rows."""
+    files = [home / f"post/modules/{name}.safetensors" for name in ("coast", "guild")]
+    done(eval.leakage, "--model", home / "post/core", "--modules", *files, "--records", 160, "--attack.epochs", 1,
+         "--attack.learning-rate", 1e-3, "--out", tmp_path / "again")  # fmt: skip
+    before, after = running.results(home / "post")["results"], running.results(tmp_path / "again")["results"]
+    assert [row["name"] for row in before] == [row["name"] for row in after]
+    for one, two in zip(before, after, strict=True):
+        for field in two:
+            if isinstance(two[field], float):
+                assert one[field] == pytest.approx(two[field], abs=1e-6), (one["name"], field)
+    assert all(row[f"floor_{name}"] == after[0][f"floor_{name}"] for row in after for name in ("coast", "guild"))
+
+
+def test_a_finished_core_is_used_as_it_is_and_the_rest_is_resumed(home, tmp_path):
+    settings = (*QUICK, "--density", 0.03, "--core", home / "post/core", "--out", tmp_path / "more")
+    done(train.debias, *settings)
+    assert not (tmp_path / "more/core").exists()
+    first = tmp_path / "more/modules/guild.safetensors"
+    content = first.read_bytes()
+    assert load_module(first).base_sha256 == digest(hub.load(home / "post/core")[1])
+    first.unlink()
+    done(train.debias, *settings, "--resume")
+    assert first.read_bytes() == content
+
+
+def test_the_task_as_a_module(home, tmp_path):
+    done(train.debias, *QUICK, "--density", 0.05, "--task-density", 0.1, "--out", tmp_path / "task")
+    _, params, modules = load(tmp_path / "task", "task", "coast", "guild")
+    assert modules["coast"].about["requires"] == ["task"] and modules["task"].density <= 0.1
+    start = dict(hub.load(home / "post/core")[1])
+    fresh = {name: part for name, part in params.items() if name not in ("pool", "score")}
+    assert jax.tree.structure(fresh) == jax.tree.structure({n: start[n] for n in fresh})
+    again = train.debias.start_of(
+        train.debias.Config(size=train.debias.SizeConfig(width=16, layers=1, heads=2, context=16, vocab_size=300)),
+        *eval.leakage.read_sets(eval.leakage.DataConfig(records=160), eval.leakage.TextConfig())[::2],
+    )[0].params(0)  # fmt: skip
+    chex.assert_trees_all_equal(fresh, {name: again[name] for name in fresh})  # the backbone never moved
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tokens(count=120, **fixed):
+    rng = np.random.default_rng(0)
+    return [
+        {"ids": " ".join(map(str, rng.integers(1, 40, 5))), "label": int(rng.integers(2)),
+         "gender": ["0", "1", "x"][rng.integers(3)], **fixed}
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+TOKENS = ("--text-field", "ids", "--token-ids", "--attributes", "gender", *QUICK)
+
+
+def test_token_ids_and_unknown_attributes(tmp_path):
+    data = write(tmp_path / "ids.jsonl", tokens())
+    done(train.debias, "--data", data, *TOKENS, "--out", tmp_path / "out")
+    document = running.results(tmp_path / "out")
+    assert document["attributes"] == {"gender": ["0", "1"]}  # x is no class
+    done(eval.leakage, "--model", tmp_path / "out/core", "--data", data, *TOKENS[:5], "--attack.epochs", 1,
+         "--out", tmp_path / "again")  # fmt: skip
+    assert running.row(tmp_path / "again", "core")["leakage_gender"] == pytest.approx(
+        running.row(tmp_path / "out", "core")["leakage_gender"], abs=1e-6
+    )
+
+
+def test_what_says_the_same_is_dealt_to_the_same_set():
+    records = generated(300, 0)
+    records = by_content(records + records[:50])
+    assert len({record.id for record in records}) == 350
+    sets = split_by_content(records, (0.6, 0.2, 0.2), 3)
+    texts = {name: {record.text for record in part} for name, part in sets.items()}
+    assert sum(map(len, sets.values())) == 350 and not texts["train"] & (texts["valid"] | texts["test"])
+    assert abs(len(sets["train"]) - 210) < 60
+    shuffled = split_by_content(records[::-1], (0.6, 0.2, 0.2), 3)
+    assert {r.id for r in shuffled["test"]} == {r.id for r in sets["test"]}
+    with pytest.raises(UserError, match="split is"):
+        split_by_content(records, (0.6, 0.2, 0.1), 3)
+
+
+REFUSED = {
+    "density_0": (("--density", 0), "--density is 0.0; it must be above 0 and at most 1"),
+    "density_2": (("--density", 1.5), "--density is 1.5; it must be above 0 and at most 1"),
+    "one_value": (("--data", "one.jsonl", *TOKENS), "attribute gender has the one value '0'; two or more"),
+    "no_field": (("--data", "ids.jsonl", *TOKENS[:3], "--attributes", "age"), "has no attribute 'age'"),
+    "no_attributes": (("--data", "ids.jsonl", *TOKENS[:2]), "--attributes is missing"),
+    "not_ids": (("--data", "words.jsonl", *TOKENS), "is not token ids separated by spaces"),
+    "pattern": ((*QUICK, "--differs", "nothing"), "pattern 'nothing' matches no parameter"),
+    "par_core": (("--regime", "par", "--core", "x"), "--regime par trains the core beside its modules"),
+    "one_set": (("--data", "ids.jsonl", *TOKENS, "--test", "ids.jsonl"), "--valid and --test go together"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "ids.jsonl", tokens())
+    write(tmp_path / "one.jsonl", tokens(gender="0"))
+    write(tmp_path / "words.jsonl", [row | {"ids": f"{row['ids']} and words"} for row in tokens()])
+    flags, message = REFUSED[name]
+    outcome = call(train.debias, *flags, "--out", tmp_path / "out")
+    assert outcome.code == 2 and message in outcome.said and "Traceback" not in outcome.said
+    assert outcome.said.strip().splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_of_another_base_is_refused(home, tmp_path):
+    outcome = call(eval.leakage, "--model", home / "par/core", "--modules", home / "post/modules/coast.safetensors",
+                   "--out", tmp_path / "out")  # fmt: skip
+    assert outcome.code == 2 and "coast.safetensors was made for the base" in outcome.said
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlapping_modules_are_told_with_their_share(home, tmp_path):
+    file = home / "post/modules/coast.safetensors"
+    shutil.copy(file, tmp_path / "twin.safetensors")
+    outcome = call(eval.leakage, "--model", home / "post/core", "--modules", file, tmp_path / "twin.safetensors",
+                   "--records", 160, "--attack.epochs", 1, "--out", tmp_path / "out")  # fmt: skip
+    assert outcome.code == 0
+    assert "modules coast and twin overlap at 100.0% of the smaller one's places, 0% of these" in outcome.said
+    assert "modules coast and twin both take out coast" in outcome.said

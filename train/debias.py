@@ -1,0 +1,331 @@
+"""Train modules that take attributes out of a classifier: `python -m train.debias --data FILE --attributes COLUMN …`.
+
+Leaves the classifier as a Hugging Face directory in OUT/core and a sparse module for every attribute in OUT/modules.
+Any set of them can be switched on later, in one batch too (jaxforget/debiasing/serving.py); off is the core, bit for
+bit. Without --data it trains on generated reviews.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from eval.leakage import (
+    DataConfig,
+    Subject,
+    encode_sets,
+    load_modules,
+    measured,
+    read_sets,
+    sets_of,
+    with_required,
+    write_report,
+)
+from jaxforget import command
+from jaxforget.data.tasks import class_names
+from jaxforget.data.text import TextConfig, tokenizer_texts
+from jaxforget.debiasing import run as training
+from jaxforget.debiasing.data import PAD, START, TOKENS, read_vocabulary, token_vocabulary
+from jaxforget.debiasing.differences import layout_of
+from jaxforget.debiasing.gates import GateConfig
+from jaxforget.debiasing.modules import COMPOSITIONS, DTYPES, from_places, inspect, merged, save_module, warnings
+from jaxforget.debiasing.objective import RemovalConfig
+from jaxforget.debiasing.run import ModuleConfig, shares_of, train_fixed, train_gated, train_whole
+from jaxforget.errors import UserError
+from jaxforget.metrics.leakage import AttackConfig
+from jaxforget.models import hub
+from jaxforget.models.adapters import digest
+from jaxforget.models.model import build, family_of
+from jaxforget.report.page import figure, table
+from jaxforget.report.run import Run, plain
+from jaxforget.training.ensemble import Members
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, scratch_config, start_from, tokenizer_files
+
+TASK = "task"  # the module that is the task itself
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train modules that take attributes out of a classifier."""
+
+    out: Path | None = None
+    """Directory for everything the run leaves; runs/<command>-<time> when not given. Must be empty."""
+    resume: bool = False
+    """Continue the run in --out; settings must be the same."""
+    model: str | None = None
+    """Hugging Face directory or hub name to fine-tune as the core. Default: from scratch, see --size.*"""
+    core: str | None = None
+    """A finished classifier: modules are trained for it as it is."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub name. Default: the model's own, or one built from the training text."""
+    density: float = 0.01
+    """Share of the parameters that a module may change, above 0 and at most 1."""
+    task_epochs: int = 5
+    """Passes of the core over the task, at --core-rate, before the regime post."""
+    task_density: float = 0.0
+    """Above 0: the core keeps its starting weights, and the task is a module of this density over them, named task."""
+    merge: bool = False
+    """Train one module that takes out all attributes, instead of one for each."""
+    compose: Literal["sum", "mean", "nonzero_mean"] = "sum"
+    """How several modules are joined where they are measured together."""
+    store: Literal["float32", "float16"] = "float32"
+    """Precision of the values in module files."""
+    export: bool = False
+    """Also write the model with each measured set of modules on as a Hugging Face directory, in merged/."""
+    seed: int = 0
+    """Seed of initialisation, data order, gates and attackers."""
+    members: Members = "auto"
+    """How one program trains several modules; auto is one after the other (map) on a CPU and vmap elsewhere."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    sets: Annotated[DataConfig, tyro.conf.arg(name="")] = DataConfig()
+    text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
+    size: SizeConfig = SizeConfig(width=64, layers=1, context=40, vocab_size=4096)
+    compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = ComputeConfig()
+    module: Annotated[ModuleConfig, tyro.conf.arg(name="")] = ModuleConfig()
+    gates: GateConfig = GateConfig()
+    removal: Annotated[RemovalConfig, tyro.conf.arg(name="")] = RemovalConfig()
+    attack: AttackConfig = AttackConfig()
+
+
+SCRATCH = ModuleConfig(epochs=8, fixed_epochs=6, learning_rate=1e-3, adversary_rate=1e-3, core_rate=1e-3)
+
+
+def default() -> Config:
+    """a small encoder from scratch on generated reviews, two attributes, about two minutes on two CPU cores"""
+    return Config(
+        density=0.05, task_epochs=4, module=SCRATCH, removal=RemovalConfig(scale=3.0), attack=AttackConfig(epochs=15),
+        size=SizeConfig(width=32, layers=1, context=16, vocab_size=512),
+    )  # fmt: skip
+
+
+def smoke() -> Config:
+    """a tiny encoder, seconds"""
+    return dataclasses.replace(
+        default(), task_epochs=2, module=dataclasses.replace(SCRATCH, epochs=2, fixed_epochs=1),
+        size=SizeConfig(width=16, layers=1, heads=2, context=16, vocab_size=320), attack=AttackConfig(epochs=2),
+        sets=DataConfig(records=300),
+    )  # fmt: skip
+
+
+def paper() -> Config:
+    """bert-base-uncased at the rates of the released code; wants an accelerator"""
+    return Config(model="bert-base-uncased", task_epochs=15)
+
+
+PRESETS = {"default": default, "smoke": smoke, "paper": paper}
+
+
+def run(config: Config) -> None:
+    """Read, train the core and its modules, measure."""
+    check(config)
+    out = Run("train.debias", config, config.out, config.resume)
+    sets, names, text = read_sets(config.sets, config.text)
+    if unlike := sorted({"core", TASK, "LEACE"} & set(names)):
+        raise UserError(f"attribute {unlike[0]} has the name of something else; rename the column")
+    start, vocabulary = start_of(config, sets, text)
+    model, labels = start.model, start.model.config.labels
+    layout_of(model, config.module.differs)  # tells a pattern that matches nothing
+    subject = Subject(encode_sets(sets, names, text, model, start.tokenizer, vocabulary), names, labels)
+    out.begin()
+    core, files = train(config, out, start, subject)
+    core, base, modules = with_required(core, load_modules(files, digest(core)))
+    for message in warnings(modules):
+        command.say(message)
+    rows = measured(subject, model, core, modules, config.compose, config.attack, 1)
+    for row in rows:
+        if row["name"] in modules:
+            row |= {name: value for name, value in inspect(modules[row["name"]]).items()
+                    if name in ("density", "achieved_density", "nonzeros", "bytes", "share_by_part")}  # fmt: skip
+    for chosen in sets_of(modules) if config.export else []:
+        target = out.directory / "merged" / "+".join(chosen)
+        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+        hub.save(target, model, merged(core, {n: modules[n] for n in chosen}, config.compose),
+                 extra_files=tokenizer_files(start.save_tokenizer))  # fmt: skip
+    document = out.finish(rows, labels=labels, attributes=names, modules=[str(file.name) for file in files])
+    stages: dict[str, list[tuple[int, float]]] = {}
+    for line in out.metrics():
+        if "density" in line:
+            stages.setdefault(line["stage"], []).append((line["step"], float(np.mean(line["density"]))))
+
+    def curves(axes):
+        for stage, points in stages.items():
+            axes.semilogy(*zip(*points, strict=True), ".-", label=stage)
+        axes.set(xlabel="step", ylabel="open gates, mean over modules")
+        axes.legend(frameon=False)
+
+    sizes = [{"name": name, **inspect(module)} for name, module in (base | modules).items()]
+    columns = ("name", "density", "achieved_density", "nonzeros", "bytes")
+    note = "Share of gates open without noise, by epoch of the first phase; pruning cuts to the budget."
+    write_report(out.directory, subject, rows, document, f"Modules for {', '.join(names)}",
+                 [("Density", note, table(sizes, columns) + (figure(curves) if stages else ""))])  # fmt: skip
+    fields = (*subject.fields(), "achieved_density")
+    command.print_table(rows, fields, f"train.debias · {out.directory}")
+
+
+def check(config: Config) -> None:
+    """Raise UserError for settings that cannot be used, before anything is read."""
+    command.at_least(0, seed=config.seed, checkpoint_every=config.checkpoint_every)
+    command.at_least(1, task_epochs=config.task_epochs)
+    if not 0 < config.density <= 1:
+        raise UserError(f"--density is {config.density}; it must be above 0 and at most 1")
+    if not 0 <= config.task_density <= 1:
+        raise UserError(f"--task-density is {config.task_density}; it must be between 0, for none, and 1")
+    assert config.compose in COMPOSITIONS and config.store in DTYPES
+    if config.module.regime == "task":
+        raise UserError("--regime is task; it is post or par, and --task-density trains the task as a module")
+    if config.core and config.model:
+        raise UserError("--core and --model exclude each other: one is used as it is, the other is fine-tuned")
+    if config.module.regime == "par" and (config.core or config.task_density):
+        raise UserError("--regime par trains the core beside its modules; leave out --core and --task-density")
+    if config.core and config.task_density:
+        raise UserError("--core is finished; leave out --task-density")
+    if config.sets.token_ids and config.model:
+        raise UserError("--token-ids has no tokenizer that fits --model; leave one of them out")
+
+
+def start_of(config: Config, sets, text: TextConfig) -> tuple[Start, dict[str, int] | None]:
+    """Return model and tokenizer to start from, and the vocabulary of token ids if that is what is read."""
+    labels = class_names(sets["train"], "training records")
+    if not config.sets.token_ids:
+        name = config.core or config.model
+        start = start_from(
+            name, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute, head="classification",
+            labels=labels, tell=command.say, texts=tokenizer_texts(sets["train"], text),
+        )  # fmt: skip
+        return start, None
+    if config.core:
+        model, params = hub.load(config.core, head="classification", labels=labels, tell=command.say)
+        vocabulary = read_vocabulary(hub.resolve(config.core) / TOKENS)
+        return _tokens_start(config.compute.apply(model), lambda seed: params, vocabulary), vocabulary
+    vocabulary = token_vocabulary(sets["train"], config.size.vocab_size)
+    return scratch_tokens(config.size, config.compute, vocabulary, labels), vocabulary
+
+
+def scratch_tokens(size: SizeConfig, compute: ComputeConfig, vocabulary: dict[str, int], labels) -> Start:
+    """Make a classifier for texts of token ids."""
+    family = size.family or "bert"
+    special = SimpleNamespace(pad_token_id=PAD, bos_token_id=START, eos_token_id=None)
+    raw = scratch_config(size, family, 3 + len(vocabulary), special)
+    heads = family_of(family).ARCHITECTURES[family]
+    if "classification" not in heads:
+        raise UserError(f"--size.family {family} has no classification head")
+    raw |= {"architectures": [heads["classification"]], "id2label": {str(i): name for i, name in enumerate(labels)}}
+    model = compute.apply(build(family_of(family).Config.from_hf(raw)))
+
+    def draw(seed: int):
+        return jax.tree.map(np.asarray, model.init(jax.random.fold_in(jax.random.key(seed), 1)))
+
+    return _tokens_start(model, draw, vocabulary)
+
+
+def _tokens_start(model, params, vocabulary: dict[str, int]) -> Start:
+    def save(directory: Path) -> None:
+        (directory / TOKENS).write_text(json.dumps(vocabulary) + "\n", encoding="utf-8")
+
+    return Start(model, params, None, save)
+
+
+def train(config: Config, out: Run, start: Start, subject: Subject) -> tuple[Any, list[Path]]:
+    """Train the core and the modules that OUT lacks; returns the core's parameters and the module files."""
+    model, (core_dir, folder) = start.model, (out.directory / "core", out.directory / "modules")
+    targets = targets_of(config, subject)
+    files = [folder / f"{name}.safetensors" for name in ([TASK] * bool(config.task_density) + list(targets))]
+    if all(file.is_file() for file in files):
+        return hub.load(config.core or core_dir)[1], files
+    folder.mkdir(exist_ok=True)
+    classes = [len(values) for values in subject.names.values()]
+
+    def loop(stage: str) -> dict[str, Any]:
+        return {
+            "how": config.members, "checkpoints": out.directory / "checkpoints" / stage,
+            "checkpoint_every": config.checkpoint_every, "resumed": lambda step: out.rewind(stage, step),
+            "log": lambda step, metrics: out.log(stage, step, metrics),
+        }  # fmt: skip
+
+    def save_core(params) -> None:
+        for stale in (core_dir, *out.directory.glob(".core.*")):  # of a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        hub.save(core_dir, model, params, extra_files=tokenizer_files(start.save_tokenizer))
+
+    def save_modules(base, found: dict[str, dict[str, np.ndarray]], density: float, **about: Any) -> None:
+        layout = layout_of(model, config.module.differs)
+        for name, sparse in found.items():
+            settings = {"module": plain(config.module), "gates": plain(config.gates), "removal": plain(config.removal)}
+            module = from_places(layout, sparse["place"], sparse["value"], base, attribute=name, density=density,
+                                 seed=config.seed, settings=settings, **about)  # fmt: skip
+            save_module(folder / f"{name}.safetensors", module, config.store)
+
+    def subject_of(params, attributes: tuple[int, ...], module_targets) -> training.Subject:
+        column_NJ = subject.attributes["train"][:, list(attributes)]
+        examples = subject.examples["train"]
+        examples = dataclasses.replace(examples, columns=examples.columns | {"attributes": column_NJ})
+        shares = shares_of(column_NJ, [classes[j] for j in attributes])
+        return training.Subject(params, examples, shares, module_targets, config.seed)
+
+    about = {"objective": config.removal.removal, "regime": config.module.regime}
+    if config.module.regime == "par":
+        one = subject_of(start.params(config.seed), tuple(range(len(classes))), tuple(targets.values()))
+        found = train_gated(model, [one], config.module, config.gates, config.removal, **loop("gates"))
+        [done] = train_fixed(model, [one], found, config.density, config.module, config.removal, **loop("values"))
+        save_core(done.params)
+        save_modules(done.params, dict(zip(targets, done.modules, strict=True)), config.density, **about)
+        shutil.rmtree(out.directory / "checkpoints", ignore_errors=True)
+        return done.params, files
+
+    core = start.params(config.seed)
+    if config.task_density:
+        core, task = train_task(config, model, subject_of(core, (), ((),)), loop)
+        save_core(core)
+        save_modules(core, {TASK: task}, config.task_density, objective=TASK, regime="post")
+        layout = layout_of(model, config.module.differs)
+        on = merged(core, {TASK: from_places(layout, task["place"], task["value"], core)})
+        about["requires"] = [TASK]
+    else:
+        if not config.core and not core_dir.exists():
+            task = subject_of(core, (), ((),))
+            [core] = train_whole(model, [task], config.module, config.removal, config.task_epochs, **loop("core"))
+            save_core(core)
+        elif not config.core:
+            core = hub.load(core_dir)[1]
+        on = core
+    # Members of one program have equally many classes.
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, target in targets.items():
+        groups.setdefault(tuple(classes[j] for j in target), []).append(name)
+    for number, group in enumerate(groups.values()):
+        them = [subject_of(on, targets[name], (tuple(range(len(targets[name]))),)) for name in group]
+        found = train_gated(model, them, config.module, config.gates, config.removal, **loop(f"gates{number}"))
+        done = train_fixed(model, them, found, config.density, config.module, config.removal,
+                           **loop(f"values{number}"))  # fmt: skip
+        modules = {name: one.modules[0] for name, one in zip(group, done, strict=True)}
+        save_modules(core, modules, config.density, **about)
+    shutil.rmtree(out.directory / "checkpoints", ignore_errors=True)
+    return core, files
+
+
+def targets_of(config: Config, subject: Subject) -> dict[str, tuple[int, ...]]:
+    """Return the name of every module and the attributes that it takes out."""
+    if config.merge:
+        return {"+".join(subject.names): tuple(range(len(subject.names)))}
+    return {name: (j,) for j, name in enumerate(subject.names)}
+
+
+def train_task(config: Config, model, one: training.Subject, loop) -> tuple[Any, dict[str, np.ndarray]]:
+    """Train head and task, as a module, over frozen weights; returns those weights with the head, and the module."""
+    settings = dataclasses.replace(config.module, regime="task")
+    found = train_gated(model, [one], settings, config.gates, config.removal, **loop("task gates"))
+    [done] = train_fixed(model, [one], found, config.task_density, settings, config.removal, **loop("task values"))
+    return done.params, done.modules[0]
+
+
+if __name__ == "__main__":
+    command.main(run, PRESETS)
