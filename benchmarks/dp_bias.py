@@ -87,15 +87,15 @@ class Config:
     members: Members = "auto"
     """How one program trains many models; auto is map on a CPU and vmap elsewhere."""
     stereotyped: StereotypedConfig = StereotypedConfig(
-        records=4000, test_records=200, rate=1.0, negative_male=0.1, negative_female=0.7
+        records=2500, test_records=200, rate=1.0, negative_male=0.1, negative_female=0.7
     )
     text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
-    train: TrainConfig = TrainConfig(epochs=2, batch_size=128, microbatch=32, learning_rate=3e-3)
+    train: TrainConfig = TrainConfig(epochs=2, batch_size=64, microbatch=32, learning_rate=3e-3)
     compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = ComputeConfig(dtype="float32")
 
 
 def default() -> Config:
-    """three epsilons and none, three seeds; an hour or two on two CPU cores"""
+    """three epsilons and none, three seeds; about an hour on two CPU cores"""
     return Config()
 
 
