@@ -24,7 +24,7 @@ from jaxforget.models.adapters import digest
 from jaxforget.models.hub import get_leaf, set_leaf
 from jaxforget.models.model import Params
 
-FORMAT, VERSION = "jaxforget.module", 1
+FORMAT, VERSION = "jaxforget.module", 1  # the one key of the metadata: of several the order would vary
 DTYPES = ("float32", "float16")
 
 
@@ -95,19 +95,14 @@ def save_module(file: str | Path, module: Module, dtype: str = "float32") -> Pat
     tensors = {}
     for path, entry in module.entries.items():
         tensors[f"{path}#idx"], tensors[f"{path}#val"] = entry.place_P, entry.value_P.astype(dtype)
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "base_sha256": module.base_sha256,
-        "size": str(module.size),
-        "nonzeros": str(module.nonzeros),
-        "shapes": json.dumps(module.shapes),
-        "about": json.dumps(module.about),
-    }
+    described = {
+        "version": VERSION, "base_sha256": module.base_sha256, "size": module.size, "nonzeros": module.nonzeros,
+        "shapes": module.shapes, "about": module.about,
+    }  # fmt: skip
     file = Path(file)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(save(tensors, metadata))
+        temporary.write_bytes(save(tensors, {FORMAT: json.dumps(described, sort_keys=True)}))
         os.replace(temporary, file)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -128,21 +123,23 @@ def load_module(file: str | Path, base_sha256: str | None = None) -> Module:
         raise UserError(f"module {file} does not exist")
     try:
         with safe_open(file, framework="np") as handle:
-            about, tensors = handle.metadata() or {}, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            metadata, tensors = handle.metadata() or {}, {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is truncated or not a safetensors file: {error}") from None
-    if about.get("format") != FORMAT or about.get("version") != str(VERSION):
-        raise UserError(f"{file} is not a module of version {VERSION}: its metadata say "
-                        f"{about.get('format')!r}, version {about.get('version')!r}")  # fmt: skip
+    if FORMAT not in metadata:
+        raise UserError(f"{file} is no module: its metadata lack {FORMAT!r}")
     try:
-        shapes = {path: tuple(shape) for path, shape in json.loads(about["shapes"]).items()}
-        module = Module(about["base_sha256"], int(about["size"]), shapes, {}, json.loads(about["about"]))
+        said = json.loads(metadata[FORMAT])
+        if said["version"] != VERSION:
+            raise UserError(f"{file} is a module of version {said['version']}; version {VERSION} is supported")
+        shapes = {path: tuple(shape) for path, shape in said["shapes"].items()}
+        module = Module(said["base_sha256"], int(said["size"]), shapes, {}, dict(said["about"]))
         if tensors.keys() != {f"{path}#{part}" for path in shapes for part in ("idx", "val")}:
             raise ValueError("its tensors are not those that its metadata name")
         for path, shape in shapes.items():
             module.entries[path] = _checked(path, tensors[f"{path}#idx"], tensors[f"{path}#val"], shape)
-        if module.nonzeros != int(about["nonzeros"]):
-            raise ValueError(f"it holds {module.nonzeros} values; its metadata say {about['nonzeros']}")
+        if module.nonzeros != said["nonzeros"]:
+            raise ValueError(f"it holds {module.nonzeros} values; its metadata say {said['nonzeros']}")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged: {error}") from None
     if base_sha256 is not None:

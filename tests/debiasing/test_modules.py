@@ -43,6 +43,11 @@ def vector(params):
     return np.concatenate([np.ravel(hub.get_leaf(params, path)) for path in LAYOUT.paths])
 
 
+def test_the_same_module_makes_the_same_file(saved, tmp_path):
+    again = save_module(tmp_path / "b.safetensors", module_of(0, attribute="gender", density_wanted=0.1))
+    assert again.read_bytes() == saved.read_bytes()
+
+
 def test_a_file_gives_the_module_back_bit_for_bit(saved):
     before, after = module_of(0), load_module(saved, digest(PARAMS))
     assert before.entries.keys() == after.entries.keys() and after.size == LAYOUT.size
@@ -92,7 +97,8 @@ def test_another_base_is_refused(saved):
 @pytest.mark.parametrize("harm, message", [
     ("order", "not sorted, not unique, or beyond"), ("range", "not sorted, not unique, or beyond"),
     ("finite", "not finite"), ("count", "places and"), ("dtype", "int64 places"), ("missing", "not those"),
-    ("metadata", "not a module of version 1"), ("cut", "truncated"), ("absent", "does not exist"),
+    ("metadata", "is no module"), ("version", "version 7; version 1 is supported"),
+    ("json", "damaged"), ("cut", "truncated"), ("absent", "does not exist"),
 ])  # fmt: skip
 def test_damage_is_told_in_a_sentence(saved, harm, message):
     from safetensors import safe_open
@@ -116,6 +122,10 @@ def test_damage_is_told_in_a_sentence(saved, harm, message):
         del tensors[value]
     elif harm == "metadata":
         metadata = {"format": "pt"}
+    elif harm == "version":
+        metadata = {name: value.replace('"version": 1', '"version": 7') for name, value in metadata.items()}
+    elif harm == "json":
+        metadata = {name: value[:-5] for name, value in metadata.items()}
     save_file(tensors, saved, metadata)
     if harm == "cut":
         saved.write_bytes(saved.read_bytes()[:-10])
