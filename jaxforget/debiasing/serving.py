@@ -67,7 +67,8 @@ class Modular:
 
     def logits(self, batch: Mapping[str, Any], names: Collection[str] = ()) -> jax.Array:
         """Return class logits (B, C) of a batch whose rows have the same modules on."""
-        return _plain(self.model)(self.params(names), dict(batch))
+        names = self.names(names)
+        return _one(self.model)(self._stack, self._slot(names, ()) if names else 0, dict(batch))
 
     def mixed(self, batch: Mapping[str, Any], names_B: Sequence[Collection[str]]) -> jax.Array:
         """Return class logits (B, C); row b has the modules names_B[b] on. Raises UserError for too many sets."""
@@ -120,8 +121,8 @@ def buckets(slot_B: np.ndarray, rows: int, slots: int):
 
 
 @functools.cache
-def _plain(model):
-    return jax.jit(model.batch_logits)
+def _one(model):
+    return jax.jit(lambda stack_S, slot, batch: model.batch_logits(jax.tree.map(lambda x: x[slot], stack_S), batch))
 
 
 @functools.cache
