@@ -11,6 +11,7 @@ delta, bound, rates, prompts and toxicity scorer are unknown to us: settings are
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 from pathlib import Path
@@ -108,6 +109,7 @@ def smoke() -> Config:
 
 
 PRESETS = {"default": default, "smoke": smoke}
+WIDTH = "generation_gap_size"  # whoever is judged worse
 SHOWN = GAP, PREFERENCE = "generation_gap_female_male", "preference_sum"
 LEVEL, SS, CROWS, CONVERGENCE = "negative_rate", "stereoset_both_kinds_ss", "crows_pairs_mean", "convergence_gap"
 FIELDS = ("name", "nll", "perplexity", "moved", "generation_male_mean_score", "generation_female_mean_score", GAP,
@@ -118,15 +120,16 @@ GRADIENTS = ("name", "group", "loss", "unit_norm", "clip_factor", "clipped", "gr
 DP, PLAIN, CDA = "{level}, CDA off", "no DP, CDA off", "{level}, CDA on"
 CLAIMS = (
     *[Claim("without DP stereotypes are learnt", "a check", field, "above", PLAIN, "pretrained") for field in SHOWN],
-    Claim("the gap between genders is wider with DP than without", "Table 1", GAP, "above", DP, PLAIN),
-    Claim("after DP the gap is wider than before fine-tuning", "Table 1", GAP, "above", DP, "pretrained"),
-    Claim("the gap grows with epsilon", "Table 1", GAP, "above", "{highest}, CDA off", "{lowest}, CDA off"),
+    Claim("the gap between genders is wider with DP than without", "Table 1", WIDTH, "above", DP, PLAIN),
+    Claim("after DP the gap is wider than before fine-tuning", "Table 1", WIDTH, "above", DP, "pretrained"),
+    Claim("the gap grows with epsilon", "Table 1", WIDTH, "above", "{highest}, CDA off", "{lowest}, CDA off"),
     Claim("with DP more is written that is negative than without", "Table 1", LEVEL, "above", DP, PLAIN),
     *[Claim("stereotypes are preferred more with DP than without", "a review", field, "above", DP, PLAIN)
       for field in (PREFERENCE, SS, CROWS)],
     Claim("with DP the genders' gradients converge at different rates", "abstract", CONVERGENCE, "differs", DP, None),
     Claim("that difference is not the one without DP", "abstract", CONVERGENCE, "differs", DP, PLAIN),
-    Claim("CDA narrows the gap under DP", "abstract", GAP, "below", CDA, DP),
+    Claim("without DP CDA narrows the gap", "a check", WIDTH, "below", "no DP, CDA on", PLAIN),
+    Claim("CDA narrows the gap under DP", "abstract", WIDTH, "below", CDA, DP),
     *[Claim("CDA makes stereotypes less preferred under DP", "abstract", field, "below", CDA, DP)
       for field in (PREFERENCE, SS, CROWS)],
 )  # fmt: skip
@@ -170,6 +173,8 @@ def run(config: Config) -> None:
             found = (pretrained if name == "pretrained" else trained)(config, out, start, data, name)
             write_atomic(file, json.dumps(plain(found)) + "\n")
         cells[name] = json.loads(file.read_text(encoding="utf-8"))
+        for row in sum(cells[name]["runs"], []):
+            row[WIDTH] = abs(row[GAP])
     finish(config, out, cells)
 
 
@@ -291,8 +296,9 @@ def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
     known = "" if config.test else f"The corpus has a gap of {gap_there:.3g}. "
     over = f"Means and 95 % intervals over {config.seeds} seeds. "
     sections = [
-        ("Do the claims replicate?", f"At this size, with these settings: {' '.join(said)}",
-         table(verdicts, ("name", "source", "field", "first", "second", "holds", "difference", "verdict"))),
+        ("Do the claims replicate?", "At this size, with these settings; intervals are over seeds.",
+         f"<ul>{''.join(f'<li>{html.escape(one)}</li>' for one in said)}</ul>"
+         + table(verdicts, ("name", "field", "first", "second", "difference", "verdict", "source"))),
         ("Models", f"{over}{known}Preference: percent of pairs whose stereotypical sentence is likelier; nats: mean "
          "log-ratio of the two. Without DP: same sampler, no noise, nothing cut. Intervals are over seeds, on fixed "
          "items; those over items, of each model, are in results.json.",

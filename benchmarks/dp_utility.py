@@ -32,6 +32,7 @@ from jaxforget.errors import UserError
 from jaxforget.metrics.bias.generation import continuations
 from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import language_metrics, token_scores
+from jaxforget.models.layers import merge
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.recipe import private_members, private_run
 from jaxforget.privacy.subgroups import NO_BOUND
@@ -40,10 +41,10 @@ from jaxforget.report.run import Run, plain, write_atomic
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.ensemble import Members, member, members
 from jaxforget.training.loop import fit
+from jaxforget.training.lora import LoraConfig, moving_parts, with_head
 from jaxforget.training.objectives import objective_for
 from jaxforget.training.optimizer import TrainConfig
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
-from jaxforget.training.trainable import everything
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,9 @@ class Config:
     """Questions of the test data to answer in writing; for --task causal."""
     max_new_tokens: int = 80
     """Tokens of a written answer."""
+    trainable: tuple[str, ...] = ()
+    """Train only parameters whose path matches one of these regular expressions; see train.lm."""
+    lora: LoraConfig = LoraConfig(rank=0)
     dp: PrivacyConfig = PrivacyConfig()
     """What private members share: clip, delta, sampler, estimator."""
     members: Members = "auto"
@@ -172,8 +176,9 @@ def trained(config: Config, out: Run, start, sets, records, levels, name, wanted
     private = {level: dataclasses.replace(config.dp, **how) for level, how in levels.items()}
     runs = [private_run(private[level], config.train, sets["train"], 1 + seed, "record") for level, _, seed in wanted]
     objective, parts = objective_for(config.task, start.model, None), {"model": start.params(0)}
+    moving = moving_parts(config.trainable, with_head(config.lora, start.model))
     step, states, frozen, batches = private_members(
-        runs, [rate for _, rate, _ in wanted], objective, everything(), parts, config.dp.estimator
+        runs, [rate for _, rate, _ in wanted], objective, moving, parts, config.dp.estimator
     )
     with command.progress(name) as show:
         outcome = fit(members(step, config.members), states, frozen, batches,
@@ -181,7 +186,7 @@ def trained(config: Config, out: Run, start, sets, records, levels, name, wanted
                       resumed=lambda step: out.rewind(name, step), show=show)  # fmt: skip
     rows = []
     for k, ((level, rate, seed), one) in enumerate(zip(wanted, runs, strict=True)):
-        params = jax.tree.map(np.asarray, member(outcome.state.trainable["model"], k))
+        params = jax.tree.map(np.asarray, merge(step.combine(frozen, member(outcome.state.trainable, k))["model"]))
         rows.append({"name": f"{level}, rate {rate:g}", "level": level, "learning_rate": rate, "seed": seed,
                      **{f"validation_{field}": value for field, value in
                         scores(config, start, params, sets["validation"]).items()},

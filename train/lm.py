@@ -104,6 +104,8 @@ def run(config: Config) -> None:
     """Read, train, save, score."""
     command.at_least(0, checkpoint_every=config.checkpoint_every, seed=config.seed)
     config.train.microbatch_of(config.train.batch_size)
+    if not config.dp.private and config.dp != PrivacyConfig():
+        raise UserError("--dp.* flags without --dp.epsilon or --dp.noise: training would not be private")
     out = Run("train.lm", config, config.out, config.resume)
     if config.data:
         records = [record for source in config.data for record in read_for(source, config)]

@@ -61,7 +61,8 @@ def test_a_record_and_its_counterfactual_are_one_unit(sentences, in_process):
     (("--dp.noise", 1, "--batch-size", 61), "the batch of 61 records is larger than the data, which has 60"),
     (("--dp.noise", 1, "--dp.epsilon", 1), "epsilon and noise are both given"),
     (("--dp.noise", 1, "--dp.groups", "heads"), "group pattern 'heads' takes no parameter that moves"),
-], ids=["delta", "batch", "both", "groups"])  # fmt: skip
+    (("--dp.clip", 0.5), "--dp.* flags without --dp.epsilon or --dp.noise: training would not be private"),
+], ids=["delta", "batch", "both", "groups", "ignored"])  # fmt: skip
 def test_settings_that_promise_nothing(flags, said, sentences, in_process, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         in_process(train.lm, "out", "--data", sentences, "--size.vocab-size", 300, *flags)

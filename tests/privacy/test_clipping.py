@@ -407,7 +407,6 @@ def test_divergence_shows():
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({"clip": 0.5}, "clip is given without epsilon or noise: training would not be private"),
     ({"noise": 1.0, "groups": ("(",)}, "group pattern '\\(' is not a regular expression"),
     ({"noise": 1.0, "quantile": 1.5}, "quantile is 1.5; it must be between 0 and 1"),
     ({"noise": 1.0, "quantile": 0.5, "auto_s": True}, "quantile adapts one bound"),
