@@ -32,10 +32,11 @@ from jaxforget.data.tokens import same_widths
 from jaxforget.errors import UserError
 from jaxforget.metrics.bias import benchmarks, probes
 from jaxforget.metrics.bias.benchmarks import Subject
+from jaxforget.metrics.bias.generation import encode_prompts
 from jaxforget.metrics.language import language_metrics, token_scores
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.clipping import Clipping
-from jaxforget.privacy.recipe import private_members, private_run
+from jaxforget.privacy.recipe import PrivateRun, private_members, private_run
 from jaxforget.privacy.subgroups import NO_BOUND, subgroups
 from jaxforget.report.claims import Claim, judged, statement
 from jaxforget.report.page import figure, table, write_page
@@ -165,6 +166,10 @@ def run(config: Config) -> None:
     start = start_from(config.model, tokenizer_name=None, size=SizeConfig(), compute=config.compute, texts=(),
                        head="causal", tell=command.say)  # fmt: skip
     data["test"] = tokens(data["test"], start, config.text, "test text")
+    for gender in GENDERS:
+        prompts = [probe.fields[f"{gender}_prompt"] for probe in data["probe"]]
+        encode_prompts(start.model, start.tokenizer, prompts, config.max_new_tokens)  # tells one that is too long
+    data |= {cda: private_runs(config, start, data["train"], cda) for cda in ("off", "on")}
     out.begin()
     cells = {}
     for name in ("pretrained", "off", "on"):
@@ -217,20 +222,25 @@ def pretrained(config: Config, out: Run, start: Start, data: dict[str, list], na
     return {"runs": runs, "gradients": [[] for _ in runs], "privacy": []}
 
 
-def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: str) -> dict[str, Any]:
-    """Train all privacy levels and seeds in one program and measure every member."""
+def private_runs(config: Config, start: Start, records: list[Record], cda: str) -> list[PrivateRun]:
+    """Augment the training text or not, and resolve every privacy level, each for all seeds."""
     how = config.cda if cda == "on" else dataclasses.replace(config.cda, sides="off")
-    found = augment(data["train"], how, config.stereotyped.seed, load_swaps(how))
+    found = augment(records, how, config.stereotyped.seed, load_swaps(how))
     command.say(f"CDA {cda}: {len(found.records)} texts, {found.matched} records with a counterfactual")
     examples = tokens(found.records, start, config.text, "training text")
     examples = with_units(examples, {record.id for record in found.records}, found.unit_of)
-    texts = probes.by_gender(data["probe"], config.gradient_probes).values()  # in the order of GENDERS
-    groups = dict(zip(GENDERS, same_widths([tokens(some, start, TextConfig(), "probes") for some in texts])))
     levels = [dict(noise=0.0, clip=NO_BOUND), *(dict(epsilon=epsilon) for epsilon in sorted(config.epsilons))]
-    keys = [(name, seed) for name in level_names(config) for seed in range(config.seeds)]
     unit = "record and its counterfactual" if cda == "on" else "record"
     private = [dataclasses.replace(config.dp, **level) for level in levels for _ in range(config.seeds)]
-    runs = [private_run(one, config.train, examples, 1 + n, unit) for n, one in enumerate(private)]
+    return [private_run(one, config.train, examples, 1 + n, unit) for n, one in enumerate(private)]
+
+
+def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: str) -> dict[str, Any]:
+    """Train all privacy levels and seeds in one program and measure every member."""
+    texts = probes.by_gender(data["probe"], config.gradient_probes).values()  # in the order of GENDERS
+    groups = dict(zip(GENDERS, same_widths([tokens(some, start, TextConfig(), "probes") for some in texts])))
+    keys = [(name, seed) for name in level_names(config) for seed in range(config.seeds)]
+    runs: list[PrivateRun] = data[cda]
     steps, rates = runs[0].batches.steps, [config.train.learning_rate] * len(runs)
     objective, parts = next_token(start.model), {"model": start.params(0)}
     step, states, frozen, batches = private_members(runs, rates, objective, everything(), parts, config.dp.estimator)

@@ -127,9 +127,11 @@ def run(config: Config) -> None:
         for name, some in records.items()
     }  # fmt: skip
     sets = dict(zip(sets, same_widths(list(sets.values())), strict=True))
+    levels = {NONE: dataclasses.replace(config.dp, noise=0.0, clip=NO_BOUND)}
+    levels |= {f"ε={epsilon:g}": dataclasses.replace(config.dp, epsilon=epsilon) for epsilon in sorted(config.epsilons)}
+    for level in levels.values():  # tells what cannot be reached, and keeps what can
+        private_run(level, config.train, sets["train"], 1, "record")
     out.begin()
-    levels = {NONE: dict(noise=0.0, clip=NO_BOUND)}
-    levels |= {f"ε={epsilon:g}": dict(epsilon=epsilon) for epsilon in sorted(config.epsilons)}
     tried = [(level, rate, 0) for level in levels for rate in config.learning_rates]
     found = cell(config, out, start, sets, records, levels, "first seed", tried)
     best = {level: min((row for row in found if row["level"] == level), key=lambda row: row["validation_nll"])
@@ -162,7 +164,7 @@ Member = tuple[str, float, int]  # level, learning rate, seed
 
 def cell(
     config: Config, out: Run, start: Start, sets: dict[str, Examples], records: dict[str, list[Record]],
-    levels: dict[str, dict], name: str, wanted: Sequence[Member],
+    levels: dict[str, PrivacyConfig], name: str, wanted: Sequence[Member],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Train members side by side and score them, or read what an interrupted run had scored."""
     file = out.directory / f"cell-{name.replace(' ', '-')}.json"
@@ -173,8 +175,7 @@ def cell(
 
 def trained(config: Config, out: Run, start, sets, records, levels, name, wanted) -> list[dict[str, Any]]:
     """Train members side by side and score every one."""
-    private = {level: dataclasses.replace(config.dp, **how) for level, how in levels.items()}
-    runs = [private_run(private[level], config.train, sets["train"], 1 + seed, "record") for level, _, seed in wanted]
+    runs = [private_run(levels[level], config.train, sets["train"], 1 + seed, "record") for level, _, seed in wanted]
     objective, parts = objective_for(config.task, start.model, None), {"model": start.params(0)}
     moving = moving_parts(config.trainable, with_head(config.lora, start.model))
     step, states, frozen, batches = private_members(

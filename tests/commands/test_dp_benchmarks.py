@@ -15,7 +15,7 @@ WORDS = "old tall young cook clerk pilot nurse likes sees feeds cats dogs birds 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home, rng = tmp_path_factory.mktemp("dp"), np.random.default_rng(0)
-    running.save_model(home / "model", context=64)
+    running.save_model(home / "model", context=96)
     for name, count in (("train", 60), ("dev", 20), ("test", 20)):
         rows = [{"question": f"who {' '.join(rng.choice(WORDS, 3))}", "answer": " ".join(rng.choice(WORDS, 4)),
                  "text": " ".join(rng.choice(WORDS, 5)), "label": "ab"[n % 2]} for n in range(count)]  # fmt: skip
@@ -91,6 +91,8 @@ def test_bias_of_levels_with_and_without_counterfactuals(home, in_process, monke
     (benchmarks.dp_utility, ("--data", "train.jsonl", "--test", "test.jsonl"), "--model is missing"),
     (benchmarks.dp_utility, (*UTILITY, "--dp.epsilon", 1), "see --epsilons"),
     (benchmarks.dp_utility, (*FEW, "--label-field", "none"), "none"),
+    (benchmarks.dp_utility, (*UTILITY, "--dp.delta", 0.5), "it must be below 1/N"),
+    (benchmarks.dp_bias, (*BIAS, "--max-new-tokens", 60), "leaves room for"),
     (benchmarks.dp_bias, (*BIAS, "--corpus", "train.jsonl"), "--test and a file as --corpus come together"),
     (benchmarks.dp_bias, (*BIAS, "--cda.sides", "off"), "leave nothing to compare"),
     (benchmarks.dp_bias, (*BIAS, "--dp.delta", 0.5), "it must be below 1/N"),
