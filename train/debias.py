@@ -100,7 +100,7 @@ SCRATCH = ModuleConfig(epochs=8, fixed_epochs=6, learning_rate=1e-3, adversary_r
 
 
 def default() -> Config:
-    """a small encoder from scratch on generated reviews, two attributes, about two minutes on two CPU cores"""
+    """a small encoder from scratch on generated reviews, two attributes, about a minute on two CPU cores"""
     return Config(
         density=0.05, task_epochs=4, module=SCRATCH, removal=RemovalConfig(scale=3.0), attack=AttackConfig(epochs=15),
         size=SizeConfig(width=32, layers=1, context=16, vocab_size=512),

@@ -145,26 +145,28 @@ def with_attributes(examples: Examples, records: Sequence[Record], names: dict[s
     return dataclasses.replace(examples, columns=examples.columns | {"attributes": attributes_of(records, names)})
 
 
-def generated(count: int, seed: int, *, told: float = 0.9) -> list[Record]:
+def generated(count: int, seed: int, *, told: float = 0.95) -> list[Record]:
     """Make reviews of fictional inns: the label is whether the guest would return, the attributes are coast and guild.
 
-    A word tells each of the three, right with probability `told`, and is as likely for every value of the others; so a
-    representation could solve the task without leaking, and the label alone tells nothing of an attribute.
+    Two words tell the label, each right with probability `told`: one in the words of the guest's coast, one in those of
+    the guild. So what the task needs tells both attributes, though the label alone tells nothing of them. For trying
+    commands out: a small encoder trained on them from scratch keeps the label alone, and nothing is left to take out.
     """
     words = {
-        "label": {"no": ("draughty", "noisy", "stale"), "yes": ("snug", "quiet", "fresh")},
-        "coast": {"north": ("skerry", "haar", "voe"), "south": ("lagoon", "breeze", "dune")},
-        "guild": {"miller": ("loaf", "sieve", "grist"), "weaver": ("shawl", "loom", "yarn")},
-    }
+        "coast": {"north": {"no": ("dreich", "mirk", "fousty"), "yes": ("snug", "braw", "couthy")},
+                  "south": {"no": ("stuffy", "stale", "shabby"), "yes": ("airy", "fresh", "homely")}},
+        "guild": {"miller": {"no": ("chaff", "weevil", "husk"), "yes": ("loaf", "grist", "bran")},
+                  "weaver": {"no": ("tangle", "fray", "snag"), "yes": ("shawl", "silk", "yarn")}},
+    }  # fmt: skip
     filler = ("room", "stairs", "supper", "window", "host", "lantern", "bell", "yard", "road", "evening")
     rng = np.random.default_rng(seed)
     records = []
     for n in range(count):
-        fields, said = {}, [str(word) for word in rng.choice(filler, 4)]
+        label, other = (str(value) for value in rng.permutation(["no", "yes"]))
+        fields, said = {"label": label}, [str(word) for word in rng.choice(filler, 4)]
         for name, values in words.items():
-            one, other = (str(value) for value in rng.permutation(list(values)))
-            fields[name] = one
-            said.append(str(rng.choice(values[one if rng.random() < told else other])))
+            fields[name] = str(rng.choice(list(values)))
+            said.append(str(rng.choice(values[fields[name]][label if rng.random() < told else other])))
         text = " ".join(str(word) for word in rng.permutation(said))
         records.append(Record(id=f"inn-{seed}-{n}", text=text, fields=fields))
     return records
