@@ -92,6 +92,7 @@ def test_a_finished_core_is_used_as_it_is_and_the_rest_is_resumed(home, tmp_path
     assert first.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_the_task_as_a_module(home, tmp_path):
     done(train.debias, *QUICK, "--density", 0.05, "--task-density", 0.1, "--out", tmp_path / "task")
     _, params, modules = load(tmp_path / "task", "task", "coast", "guild")
@@ -126,6 +127,7 @@ def tokens(count=120, **fixed):
 TOKENS = ("--text-field", "ids", "--token-ids", "--attributes", "gender", *QUICK)
 
 
+@pytest.mark.slow
 def test_token_ids_and_unknown_attributes(tmp_path):
     data = write(tmp_path / "ids.jsonl", tokens())
     done(train.debias, "--data", data, *TOKENS, "--out", tmp_path / "out")

@@ -37,6 +37,7 @@ def test_every_result_states_the_promise(in_process):
     assert "epsilon" in done.said and "Differential privacy" in (done.out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_killed(tmp_path):
     """Sampler and noise are replayed: the resumed run is the undisturbed one."""
     flags = (*FLAGS, "--checkpoint-every", 3)

@@ -164,6 +164,7 @@ def test_killed_in_the_second_seed(tmp_path):
     assert_same(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_stopped_between_the_last_checkpoint_and_the_saved_model(tmp_path, undisturbed, in_process, monkeypatch):
     """All steps are done, but the model is not there: too short a moment to hit with a kill from outside."""
     save, pending = hub.save, ["original", *METHODS]

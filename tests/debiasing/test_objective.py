@@ -312,6 +312,7 @@ def test_a_module_shared_by_an_ensemble():
     assert float(metrics["loss"][-4:].mean()) < float(metrics["loss"][:4].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["gated", "fixed"])
 def test_a_module_trained_with_privacy(phase):
     """The clipped sum of modules and adversaries together is bounded, and noise moves only what is kept."""
