@@ -37,6 +37,7 @@ from jaxforget.metrics.language import language_metrics, token_scores
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.clipping import Clipping
 from jaxforget.privacy.recipe import PrivateRun, private_members, private_run
+from jaxforget.privacy.sampling import with_units
 from jaxforget.privacy.subgroups import NO_BOUND, subgroups
 from jaxforget.report.claims import Claim, judged, statement
 from jaxforget.report.page import figure, table, write_page
@@ -48,7 +49,6 @@ from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import TrainConfig
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
 from jaxforget.training.trainable import everything
-from train.lm import with_units
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -68,16 +68,11 @@ def small() -> Config:
 
 
 def wide() -> Config:
-    """the width and vocabulary of GPT-2, 4 layers: about ten minutes on two CPU cores"""
+    """the width and vocabulary of GPT-2, 4 layers: about twenty minutes on two CPU cores"""
     return Config(width=768, vocab_size=50257, batch_size=8, repeats=3)
 
 
-def gpt2_small() -> Config:
-    """GPT-2 with its 12 layers, micro-batches only: about ten minutes on two CPU cores, and 10 GB of memory"""
-    return Config(width=768, vocab_size=50257, layers=12, batch_size=8, repeats=3, whole=False)
-
-
-PRESETS = {"small": small, "wide": wide, "gpt2": gpt2_small}
+PRESETS = {"small": small, "wide": wide}
 FIELDS = ("name", "seconds", "times_plain", "times_plain_low", "times_plain_high", "memory_mb", "memory_times_plain",
           "compile_seconds")  # fmt: skip
 

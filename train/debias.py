@@ -36,7 +36,7 @@ from jaxforget.debiasing import run as training
 from jaxforget.debiasing.data import PAD, START, TOKENS, read_vocabulary, token_vocabulary
 from jaxforget.debiasing.differences import layout_of
 from jaxforget.debiasing.gates import GateConfig
-from jaxforget.debiasing.modules import COMPOSITIONS, DTYPES, from_places, inspect, merged, save_module, warnings
+from jaxforget.debiasing.modules import from_places, inspect, merged, save_module, warnings
 from jaxforget.debiasing.objective import RemovalConfig
 from jaxforget.debiasing.run import ModuleConfig, shares_of, train_fixed, train_gated, train_whole
 from jaxforget.errors import UserError
@@ -179,7 +179,6 @@ def check(config: Config) -> None:
         raise UserError(f"--density is {config.density}; it must be above 0 and at most 1")
     if not 0 <= config.task_density <= 1:
         raise UserError(f"--task-density is {config.task_density}; it must be between 0, for none, and 1")
-    assert config.compose in COMPOSITIONS and config.store in DTYPES
     if config.module.regime == "task":
         raise UserError("--regime is task; it is post or par, and --task-density trains the task as a module")
     if config.core and config.model:

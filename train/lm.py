@@ -17,7 +17,6 @@ import tyro
 from jaxforget import command
 from jaxforget.data import fictional
 from jaxforget.data.counterfactual import CounterfactualConfig, augment, load_swaps
-from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
@@ -27,6 +26,7 @@ from jaxforget.metrics.language import language_metrics, masked_once, token_scor
 from jaxforget.models.adapters import check_adapter, save_adapter
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.recipe import check, private_run
+from jaxforget.privacy.sampling import with_units
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
@@ -224,17 +224,6 @@ def augmented(records: list[Record], config: Config) -> tuple[list[Record], dict
     if not found.records:
         raise UserError("--cda leaves no record: none has a word of the list; keep them with --cda.keep-unmatched")
     return found.records, found.unit_of
-
-
-def with_units(examples, ids: set[str], unit_of: dict[str, str]):
-    """Say which record every example belongs to: its chunks and its counterfactual are one unit of privacy."""
-    own = (identity for identity in examples.ids if identity in ids and unit_of.get(identity, identity) == identity)
-    if clash := next((identity for identity in own if identity.rpartition("#")[0] in ids), None):
-        raise UserError(f"record id {clash!r} could be a chunk of another record; give records other ids, as their "
-                        "chunks would be protected apart")  # fmt: skip
-    whole = [identity if identity in ids else identity.rpartition("#")[0] for identity in examples.ids]  # not a chunk
-    unit_N = id_keys([unit_of.get(identity, identity) for identity in whole])
-    return dataclasses.replace(examples, columns={**examples.columns, "unit": unit_N})
 
 
 def lora_of(config: Config, model) -> LoraConfig:

@@ -86,12 +86,14 @@ def check_units(losses, trainable: PyTree, batch: Batch, key: jax.Array, estimat
                         "among copies of itself), so that clipping does not bound what one adds")  # fmt: skip
     if estimator == "vmap":
         return
-    leaves, treedef = jax.tree.flatten(trainable)
     rows = batch["weight"].shape[0]
-    tap = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
-    tapped = lambda leaves: treedef.unflatten(Tapped(*one, taps.Spec(rows, rows, "probe")) for one in zip(leaves, tap))  # noqa: E731
-    untold = jax.jit(jax.grad(lambda leaves: jnp.sum(losses(tapped(leaves), batch, key))))(leaves)
-    for (path, _), gradient in zip(jax.tree_util.tree_leaves_with_path(trainable), untold, strict=True):
+
+    def past_the_taps(trainable):
+        spec = taps.Spec(rows, rows, "probe")
+        tapped = jax.tree.map(lambda x: Tapped(x, jnp.zeros(x.shape, jnp.float32), spec), trainable)
+        return jnp.sum(losses(tapped, batch, key))
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(past_the_taps))(trainable)):
         if jnp.any(gradient != 0):
             raise UserError(f"per-example gradients: something besides the operations of models/layers.py reads "
                             f"{path_str(path)}; use the estimator vmap")  # fmt: skip
@@ -163,6 +165,23 @@ def _vmap(losses, trainable, batch, key, bound, how: Clipping) -> Clipped:
 
 
 def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass: bool) -> Clipped:
+    found = _tapped_once(losses, trainable, batch, key, bound, how, second_pass)
+
+    # Of a unit that is not finite, 0 times its part is no 0: such a sum is made again, unit by unit. By the same taps:
+    # were the others rounded in another way, one bad unit would change the parts of all. The loop takes no turn where
+    # all is well, also for members side by side.
+    def add(u, total):
+        unit = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, u * how.rows, how.rows), batch)
+        one = _tapped_once(losses, trainable, unit, key, bound, how, second_pass)
+        good = jnp.all(jnp.isfinite(one.norm_GU))
+        return jax.tree.map(lambda sum_, x: jnp.where(u == 0, 0, sum_) + jnp.where(good, x, 0), total, one.total)
+
+    turns = jnp.where(jnp.all(jnp.isfinite(found.norm_GU)), 0, found.loss_U.shape[0])
+    return found._replace(total=jax.lax.fori_loop(0, turns, add, found.total))
+
+
+def _tapped_once(losses, trainable, batch, key, bound, how: Clipping, second_pass: bool) -> Clipped:
+    """Return a sum that is worth nothing if a unit is not finite."""
     rows = batch["weight"].shape[0]
     units = rows // how.rows
     run, real_U = _unit_losses(losses, batch, key, how)
@@ -184,15 +203,6 @@ def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass:
         taps.second_sum(again[g][i]) if plan.form == "norm" else taps.weighted_sum(plan, found[i], c_GU[g])
         for i, (plan, g) in enumerate(zip(plans, group, strict=True))
     ]
-
-    # Of a unit that is not finite, 0 times its part is no 0. Such a sum is replaced by one made unit by unit; the loop
-    # takes no turn where all is well, also for members side by side.
-    def add(u, total):
-        unit = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, u * how.rows, how.rows), batch)
-        one = jax.tree.leaves(_vmap(losses, trainable, unit, key, bound, how).total)
-        return [jnp.where(u == 0, 0, sum_) + x for sum_, x in zip(total, one, strict=True)]
-
-    total = jax.lax.fori_loop(0, jnp.where(jnp.all(jnp.isfinite(norm_GU)), 0, units), add, total)
     return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
 
 

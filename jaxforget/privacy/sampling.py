@@ -13,7 +13,7 @@ import functools
 
 import numpy as np
 
-from jaxforget.data.sampling import hash64, order
+from jaxforget.data.sampling import hash64, id_keys, order
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.privacy.accounting import Mechanism
@@ -25,6 +25,17 @@ DRAW, CHOICE, PART = 0x44524157, 0x43484F49, 0x50415254
 def unit_keys(examples: Examples) -> np.ndarray:
     """Name the unit of every example, uint64 (rows,): column `unit`, else the example itself."""
     return examples.columns.get("unit", examples.columns["key"])
+
+
+def with_units(examples: Examples, ids: set[str], unit_of: dict[str, str]) -> Examples:
+    """Say which record every example belongs to: its chunks and its counterfactual are one unit of privacy."""
+    own = (identity for identity in examples.ids if identity in ids and unit_of.get(identity, identity) == identity)
+    if clash := next((identity for identity in own if identity.rpartition("#")[0] in ids), None):
+        raise UserError(f"record id {clash!r} could be a chunk of another record; give records other ids, as their "
+                        "chunks would be protected apart")  # fmt: skip
+    whole = [identity if identity in ids else identity.rpartition("#")[0] for identity in examples.ids]  # not a chunk
+    unit_N = id_keys([unit_of.get(identity, identity) for identity in whole])
+    return dataclasses.replace(examples, columns={**examples.columns, "unit": unit_N})
 
 
 def population(examples: Examples) -> int:

@@ -45,6 +45,14 @@ def test_the_sum_of_correlated_noise_is_smaller():
     assert together == pytest.approx(1.5 * np.linalg.norm(inverse.sum(axis=0)), rel=0.1) and together < 0.5 * alone
 
 
+@pytest.mark.parametrize("bands, steps, error", [(2, 100, 26.848), (8, 200, 16.835), (32, 1000, 24.115)])
+def test_coefficients_are_the_best(bands, steps, error):
+    """Mean squared error of prefix sums: the least that optimize_banded_toeplitz of jax_privacy 2.0 finds."""
+    sums = np.tril(np.ones((steps, steps))) @ np.linalg.inv(matrix(bands, steps))
+    assert np.sum(sums**2) / steps == pytest.approx(error, rel=1e-3)
+    assert np.linalg.norm(matrix(bands, steps), axis=0).max() == pytest.approx(1.0)
+
+
 def test_a_unit_that_keeps_apart_is_hidden_as_by_one_release_a_visit():
     """|C g| <= sqrt(visits) for any g whose rows have norm 1 and stand `bands` apart: the releases do not meet."""
     rng = np.random.default_rng(0)
