@@ -1,0 +1,1 @@
+"""Which training data causes which behaviour: one file a method, one row in METHODS."""
