@@ -131,6 +131,8 @@ def run(config: Config) -> None:
     levels |= {f"ε={epsilon:g}": dataclasses.replace(config.dp, epsilon=epsilon) for epsilon in sorted(config.epsilons)}
     for level in levels.values():  # tells what cannot be reached, and keeps what can
         private_run(level, config.train, sets["train"], 1, "record")
+    moving = moving_parts(config.trainable, with_head(config.lora, start.model))
+    moving.init(jax.random.key(0), {"model": start.params(0)})  # tells a pattern without match
     out.begin()
     tried = [(level, rate, 0) for level in levels for rate in config.learning_rates]
     found = cell(config, out, start, sets, records, levels, "first seed", tried)

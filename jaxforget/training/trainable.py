@@ -31,7 +31,8 @@ def subset(*patterns: str) -> Trainable:
         leaves = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(parts)]
         for pattern in patterns:
             if not any(re.fullmatch(pattern, leaf) for leaf in leaves):
-                raise UserError(f"trainable pattern {pattern!r} matches no parameter; paths look like {leaves[0]!r}")
+                typed, like = pattern.removeprefix("model/"), leaves[0].removeprefix("model/")  # as commands take them
+                raise UserError(f"trainable pattern {typed!r} matches no parameter; paths look like {like!r}")
 
         def moves(path):
             return any(re.fullmatch(pattern, path_str(path)) for pattern in patterns)

@@ -92,6 +92,7 @@ def test_bias_of_levels_with_and_without_counterfactuals(home, in_process, monke
     (benchmarks.dp_utility, (*UTILITY, "--dp.epsilon", 1), "see --epsilons"),
     (benchmarks.dp_utility, (*FEW, "--label-field", "none"), "none"),
     (benchmarks.dp_utility, (*UTILITY, "--dp.delta", 0.5), "it must be below 1/N"),
+    (benchmarks.dp_utility, (*UTILITY, "--trainable", "none/.*"), "pattern 'none/.*' matches no parameter"),
     (benchmarks.dp_bias, (*BIAS, "--max-new-tokens", 60), "leaves room for"),
     (benchmarks.dp_bias, (*BIAS, "--corpus", "train.jsonl"), "--test and a file as --corpus come together"),
     (benchmarks.dp_bias, (*BIAS, "--cda.sides", "off"), "leave nothing to compare"),
