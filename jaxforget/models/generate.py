@@ -25,6 +25,7 @@ def generate(
     eos_id: int | tuple[int, ...] | None = None,
     pad_id: int = 0,
     row_ids=None,
+    wanted_B=None,
 ) -> jax.Array:
     """Continue every prompt; return tokens_BN, `pad_id` after the first `eos_id`.
 
@@ -33,8 +34,9 @@ def generate(
     in (0, 1].
     key: needed where temperature > 0. eos_id: one id or several. row_ids: ints that name the rows, default
     0..B-1; row i draws from fold_in(key, row_ids[i]), so its tokens depend on neither padding nor the rest of
-    the batch. Raises UserError for values outside these ranges, an empty prompt, more tokens than learned
-    positions, or a head that does not generate.
+    the batch. wanted_B: False for rows that only fill the batch: they get `pad_id` and are not waited for. Raises
+    UserError for values outside these ranges, an empty prompt, more tokens than learned positions, or a head
+    that does not generate.
     """
     if model.config.head not in ("causal", "seq2seq"):
         raise UserError(f"the model's head is {model.config.head}; only causal and seq2seq heads generate")
@@ -65,7 +67,8 @@ def generate(
     greedy = temperature == 0
     logits_BV, cache, next_B = _prefill(model, params, tokens_BT, lengths_B, max_new_tokens)
     eos_ids = np.atleast_1d(np.asarray(() if eos_id is None else eos_id, np.int32))
-    return _decode(model, params, logits_BV, cache, next_B, sampling, eos_ids, pad_id, max_new_tokens, greedy)
+    ended_B = np.zeros(len(tokens_BT), bool) if wanted_B is None else ~np.asarray(wanted_B, bool)
+    return _decode(model, params, logits_BV, cache, next_B, ended_B, sampling, eos_ids, pad_id, max_new_tokens, greedy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -73,8 +76,8 @@ def _prefill(model, params, tokens_BT, lengths_B, new: int):
     return model.prefill(params, tokens_BT, lengths_B, new)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8, 9))
-def _decode(model, params, logits_BV, cache, next_B, sampling, eos_ids, pad_id, new: int, greedy: bool):
+@functools.partial(jax.jit, static_argnums=(0, 9, 10))
+def _decode(model, params, logits_BV, cache, next_B, ended_B, sampling, eos_ids, pad_id, new: int, greedy: bool):
     """Draw up to `new` tokens a row, stopping early when every row has ended."""
     B = next_B.shape[0]
 
@@ -100,7 +103,7 @@ def _decode(model, params, logits_BV, cache, next_B, sampling, eos_ids, pad_id, 
         return n + 1, logits_B1V[:, 0], cache, ended_B, out_BN
 
     out_BN = jnp.full((B, new), pad_id, jnp.int32)
-    state = (jnp.int32(0), logits_BV, cache, jnp.zeros((B,), bool), out_BN)
+    state = (jnp.int32(0), logits_BV, cache, ended_B, out_BN)
     return jax.lax.while_loop(going, step, state)[-1]
 
 

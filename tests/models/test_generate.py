@@ -73,6 +73,14 @@ def test_rows_depend_on_neither_padding_nor_the_batch(sampling):
         assert np.array_equal(single_BN[0], left_BN[0]) == (row_id == 0 or not sampling)
 
 
+def test_rows_that_fill_the_batch_are_not_continued():
+    model, params = formula.model("llama")
+    tokens_BT, mask_BT = pad(PROMPTS, "right")
+    whole_BN = np.asarray(generate(model, params, tokens_BT, mask_BT, max_new_tokens=9))
+    some_BN = generate(model, params, tokens_BT, mask_BT, max_new_tokens=9, wanted_B=[True, False, True], pad_id=29)
+    np.testing.assert_array_equal(some_BN, np.where(np.asarray([[False], [True], [False]]), 29, whole_BN))
+
+
 def test_row_ids_name_the_random_stream():
     model, params = formula.model("gpt2")
     tokens_BT, mask_BT = np.full((3, 2), 5), np.ones((3, 2), bool)
