@@ -25,17 +25,18 @@ import jax
 import numpy as np
 import tyro
 
-from eval.leakage import DataConfig, Subject, encode_sets, read_sets
 from jaxforget import command
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, tokenizer_texts
-from jaxforget.debiasing import run as training
-from jaxforget.debiasing.data import token_vocabulary
+from jaxforget.debiasing.composition import conflicts, merged, sets_of
+from jaxforget.debiasing.data import DataConfig, encode_sets, read_sets
 from jaxforget.debiasing.differences import layout_of
 from jaxforget.debiasing.gates import GateConfig
-from jaxforget.debiasing.modules import conflicts, from_places, merged
+from jaxforget.debiasing.modules import from_places
 from jaxforget.debiasing.objective import RemovalConfig
-from jaxforget.debiasing.run import ModuleConfig, shares_of, train_fixed, train_gated, train_whole
+from jaxforget.debiasing.run import ModuleConfig, train_fixed, train_gated, train_whole
+from jaxforget.debiasing.testbed import Testbed
+from jaxforget.debiasing.token_ids import scratch_tokens, token_vocabulary
 from jaxforget.errors import UserError
 from jaxforget.metrics.leakage import AttackConfig
 from jaxforget.models import hub
@@ -43,7 +44,6 @@ from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run, plain, write_atomic
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
-from train.debias import scratch_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,69 +183,62 @@ def read_datasets(config: Config) -> list[Dataset]:
 
 # -------------------------------------------------------------------------------------------------- cells
 def cell(config: Config, directory: Path, work, data: Dataset, seeds: tuple[int, ...], part: str) -> None:
-    """Do a cell unless its file is there: the rows of every seed."""
+    """Do a cell unless its file is there: the rows of every seed, and when it was worked on."""
     file = cell_file(directory, data.name, seeds, part)
     if not file.exists():
-        subjects = [subject_of(data, seed) for seed in seeds]
-        rows = work(config, directory, data, seeds, part, subjects)
-        write_atomic(file, json.dumps(plain(rows), indent=1) + "\n")
-        command.say(f"done: {file.stem}")
+        began = time.time()
+        testbeds = [testbed_of(data, seed) for seed in seeds]
+        rows = work(config, directory, data, seeds, part, testbeds)
+        content = {"began": began, "ended": time.time(), "rows": plain(rows)}
+        write_atomic(file, json.dumps(content, indent=1) + "\n")
+        command.say(f"done: {file.stem}, {content['ended'] - began:.0f} s")
 
 
 def cell_file(directory: Path, name: str, seeds: tuple[int, ...], part: str) -> Path:
     return directory / "cells" / f"{name}, seeds {seeds[0]}-{seeds[-1]}, {part}.json"
 
 
-def subject_of(data: Dataset, seed: int) -> Subject:
+def testbed_of(data: Dataset, seed: int) -> Testbed:
     """Deal and encode the records of a seed."""
     sets, names, text = read_sets(dataclasses.replace(data.sets, split_seed=seed), data.text)
     model = data.start.model
     examples = encode_sets(sets, names, text, model, data.start.tokenizer, data.vocabulary)
-    return Subject(examples, names, model.config.labels)
-
-
-def learner(subject: Subject, params, seed: int, attributes: tuple[int, ...], targets) -> training.Subject:
-    """Say what a member starts from and learns from: a column for each of the attributes."""
-    column_NJ = subject.attributes["train"][:, list(attributes)]
-    examples = subject.examples["train"]
-    examples = dataclasses.replace(examples, columns=examples.columns | {"attributes": column_NJ})
-    classes = [len(list(subject.names.values())[j]) for j in attributes]
-    return training.Subject(params, examples, shares_of(column_NJ, classes), targets, seed)
+    return Testbed(examples, names, model.config.labels)
 
 
 def core_of(directory: Path, data: Dataset, seed: int):
     return hub.load(directory / "cores" / f"{data.name}-{seed}")[1]
 
 
-def core_cell(config: Config, directory: Path, data: Dataset, seeds, part, subjects) -> list[list[dict]]:
+def core_cell(config: Config, directory: Path, data: Dataset, seeds, part, testbeds) -> list[list[dict]]:
     """Fine-tune the cores; rows core and LEACE."""
     model = data.start.model
-    them = [learner(s, data.start.params(seed), seed, (), ((),)) for s, seed in zip(subjects, seeds, strict=True)]
+    them = [s.learner(data.start.params(seed), (), ((),), seed) for s, seed in zip(testbeds, seeds, strict=True)]
     cores = train_whole(model, them, config.module, config.removal, config.task_epochs)
     result = []
-    for subject, seed, core in zip(subjects, seeds, cores, strict=True):
+    for testbed, seed, core in zip(testbeds, seeds, cores, strict=True):
         target = directory / "cores" / f"{data.name}-{seed}"
         if not target.exists():
             hub.save(target, model, core)
-        erasers = subject.erasers(model, core)
-        rows = [subject.row("core", model, core, config.attack, seed)]
-        result.append(rows + [subject.row(name, model, core, config.attack, seed, e) for name, e in erasers.items()])
+        erasers = testbed.erasers(model, core)
+        rows = [testbed.row("core", model, core, config.attack, seed)]
+        result.append(rows + [testbed.row(name, model, core, config.attack, seed, e) for name, e in erasers.items()])
     return result
 
 
-def whole_cell(config: Config, directory: Path, data: Dataset, seeds, part, subjects) -> list[list[dict]]:
+def whole_cell(config: Config, directory: Path, data: Dataset, seeds, part, testbeds) -> list[list[dict]]:
     """Debias whole models by adversaries, on the task from the start."""
     model = data.start.model
     attributes = tuple(data.attributes.index(name) for name in part.removeprefix("whole ").split("+"))
     them = [
-        learner(s, data.start.params(seed), seed, attributes, (tuple(range(len(attributes))),))
-        for s, seed in zip(subjects, seeds, strict=True)
+        s.learner(data.start.params(seed), attributes, (tuple(range(len(attributes))),), seed)
+        for s, seed in zip(testbeds, seeds, strict=True)
     ]
     found = train_whole(model, them, config.module, config.removal, config.module.epochs + config.module.fixed_epochs)
-    return [[s.row(part, model, p, config.attack, seed)] for s, seed, p in zip(subjects, seeds, found, strict=True)]
+    return [[s.row(part, model, p, config.attack, seed)] for s, seed, p in zip(testbeds, seeds, found, strict=True)]
 
 
-def modules_cell(config: Config, directory: Path, data: Dataset, seeds, part, subjects) -> list[list[dict]]:
+def modules_cell(config: Config, directory: Path, data: Dataset, seeds, part, testbeds) -> list[list[dict]]:
     """Train modules for every attribute, prune them to every density, and measure them alone and together."""
     model, count = data.start.model, len(data.attributes)
     settings = dataclasses.replace(config.module, regime=part)
@@ -254,27 +247,28 @@ def modules_cell(config: Config, directory: Path, data: Dataset, seeds, part, su
         (tuple(range(count)), tuple((j,) for j in range(count)))
     ]  # fmt: skip
     them = [
-        learner(subject, core_of(directory, data, seed) if part == "post" else data.start.params(seed), seed, *how)
-        for subject, seed in zip(subjects, seeds, strict=True)
+        testbed.learner(core, *how, seed)
+        for testbed, seed in zip(testbeds, seeds, strict=True)
+        for core in [core_of(directory, data, seed) if part == "post" else data.start.params(seed)]
         for how in members
     ]
     gated = train_gated(model, them, settings, config.gates, config.removal)
     layout, result = layout_of(model, settings.differs), [[] for _ in seeds]
     for density in config.densities:
         fixed = train_fixed(model, them, gated, density, settings, config.removal)
-        for place, (subject, seed) in enumerate(zip(subjects, seeds, strict=True)):
+        for place, (testbed, seed) in enumerate(zip(testbeds, seeds, strict=True)):
             mine = fixed[place * len(members) : (place + 1) * len(members)]
             core, found = mine[0].params, [one for member in mine for one in member.modules]
             modules = {
                 name: from_places(layout, one["place"], one["value"], core, attribute=name)
                 for name, one in zip(data.attributes, found, strict=True)
             }
-            label = f"{part.upper()} {density:.0%}"
+            label = f"{part.upper()} {100 * density:g}%"
             if part == "par":
-                result[place].append(subject.row(f"{label}: off", model, core, config.attack, seed))
-            for chosen in [(name,) for name in modules] + ([tuple(modules)] if count > 1 else []):
+                result[place].append(testbed.row(f"{label}: off", model, core, config.attack, seed))
+            for chosen in sets_of(modules):
                 on = merged(core, {name: modules[name] for name in chosen})
-                row = subject.row(f"{label}: {'+'.join(chosen)}", model, on, config.attack, seed)
+                row = testbed.row(f"{label}: {'+'.join(chosen)}", model, on, config.attack, seed)
                 row["achieved_density"] = float(np.mean([modules[name].density for name in chosen]))
                 if len(chosen) > 1:
                     row["overlap"] = conflicts(modules)[0]["overlap"]
@@ -286,7 +280,7 @@ def modules_cell(config: Config, directory: Path, data: Dataset, seeds, part, su
 def finish(config: Config, out: Run, datasets: list[Dataset], groups) -> None:
     """Join the cells to one row a method and data set, with paired changes from the core, and judge them."""
     rows: list[dict[str, Any]] = []
-    sections, verdicts = [], []
+    sections, verdicts, spans = [], [], []
     for data in datasets:
         parts = sorted((out.directory / "cells").glob(f"{data.name}, seeds {groups[0][0]}-{groups[0][-1]}, *.json"))
         names = [file.stem.split(", ")[2] for file in parts]
@@ -294,8 +288,9 @@ def finish(config: Config, out: Run, datasets: list[Dataset], groups) -> None:
         runs = []
         for seeds in groups:
             cells = [json.loads(cell_file(out.directory, data.name, seeds, name).read_text()) for name in names]
+            spans += [(one["began"], one["ended"]) for one in cells]
             for place in range(len(seeds)):
-                runs.append(changed([row for one in cells for row in one[place]], data.attributes))
+                runs.append(changed([row for one in cells for row in one["rows"][place]], data.attributes))
         joined = over_seeds(runs)
         mine = [{**row, "name": f"{data.name}: {row['name']}", "dataset": data.name, "method": row["name"]}
                 for row in joined]  # fmt: skip
@@ -306,7 +301,7 @@ def finish(config: Config, out: Run, datasets: list[Dataset], groups) -> None:
                          "the same seed. Off: the core that trained beside its modules.",
                          table(joined, fields_of(data.attributes)) + f"<div class='plots'>{drawn}</div>"))  # fmt: skip
         write_atomic(out.directory / f"figure-{data.name}.svg", figure(plot(data.attributes[0], mine)))
-    document = out.finish(rows, verdicts=verdicts)
+    document = out.finish(rows, seconds=covered(spans), verdicts=verdicts)
     lead = f"{config.seeds} seeds; {document['device']}. " + " ".join(verdicts)
     write_page(out.directory / "report.html", "Modular debiasing", lead, sections, document["config"])
     for data in datasets:
@@ -314,6 +309,15 @@ def finish(config: Config, out: Run, datasets: list[Dataset], groups) -> None:
         command.print_table(mine, fields_of(data.attributes), f"{data.name} · {out.directory}")
     for said in verdicts:
         command.say(said)
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Return the seconds in which at least one cell was worked on, in whichever process: a run may be resumed."""
+    total, until = 0.0, -math.inf
+    for began, ended in sorted(spans):
+        total += max(ended - max(began, until), 0.0)
+        until = max(until, ended)
+    return round(total, 3)
 
 
 def changed(rows: list[dict[str, Any]], attributes) -> list[dict[str, Any]]:

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from jaxforget import command
+from jaxforget.debiasing.composition import merged
 from jaxforget.debiasing.differences import layout_of, sparse
-from jaxforget.debiasing.modules import DTYPES, Module, from_places, load_module, merged, save_module
+from jaxforget.debiasing.modules import DTYPES, Module, from_places, load_module, save_module
 from jaxforget.debiasing.serving import Modular
 from jaxforget.models.adapters import digest
 from jaxforget.models.bert import Config as Bert

@@ -8,46 +8,35 @@ bit. Without --data it trains on generated reviews.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 import tyro
 
-from eval.leakage import (
-    DataConfig,
-    Subject,
-    encode_sets,
-    load_modules,
-    measured,
-    read_sets,
-    sets_of,
-    with_required,
-    write_report,
-)
 from jaxforget import command
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, tokenizer_texts
-from jaxforget.debiasing import run as training
-from jaxforget.debiasing.data import PAD, START, TOKENS, read_vocabulary, token_vocabulary
+from jaxforget.debiasing.composition import merged, sets_of, warnings, with_required
+from jaxforget.debiasing.data import DataConfig, encode_sets, read_sets
 from jaxforget.debiasing.differences import layout_of
 from jaxforget.debiasing.gates import GateConfig
-from jaxforget.debiasing.modules import from_places, inspect, merged, save_module, warnings
+from jaxforget.debiasing.modules import from_places, inspect, load_modules, save_module
 from jaxforget.debiasing.objective import RemovalConfig
-from jaxforget.debiasing.run import ModuleConfig, shares_of, train_fixed, train_gated, train_whole
+from jaxforget.debiasing.page import write_report
+from jaxforget.debiasing.run import Learner, ModuleConfig, train_fixed, train_gated, train_whole
+from jaxforget.debiasing.testbed import Testbed, measured
+from jaxforget.debiasing.token_ids import TOKENS, read_vocabulary, scratch_tokens, token_vocabulary, tokens_start
 from jaxforget.errors import UserError
 from jaxforget.metrics.leakage import AttackConfig
 from jaxforget.models import hub
 from jaxforget.models.adapters import digest
-from jaxforget.models.model import build, family_of
 from jaxforget.report.page import figure, table
 from jaxforget.report.run import Run, plain
 from jaxforget.training.ensemble import Members
-from jaxforget.training.start import ComputeConfig, SizeConfig, Start, scratch_config, start_from, tokenizer_files
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from, tokenizer_files
 
 TASK = "task"  # the module that is the task itself
 
@@ -134,13 +123,14 @@ def run(config: Config) -> None:
     start, vocabulary = start_of(config, sets, text)
     model, labels = start.model, start.model.config.labels
     layout_of(model, config.module.differs)  # tells a pattern that matches nothing
-    subject = Subject(encode_sets(sets, names, text, model, start.tokenizer, vocabulary), names, labels)
+    encoded = encode_sets(sets, names, text, model, start.tokenizer, vocabulary, command.say)
+    testbed = Testbed(encoded, names, labels)
     out.begin()
-    core, files = train(config, out, start, subject)
+    core, files = train(config, out, start, testbed)
     core, base, modules = with_required(core, load_modules(files, digest(core)))
     for message in warnings(modules):
         command.say(message)
-    rows = measured(subject, model, core, modules, config.compose, config.attack, 1)
+    rows = measured(testbed, model, core, modules, config.compose, config.attack, 1)
     for row in rows:
         if row["name"] in modules:
             row |= {name: value for name, value in inspect(modules[row["name"]]).items()
@@ -165,9 +155,9 @@ def run(config: Config) -> None:
     sizes = [{"name": name, **inspect(module)} for name, module in (base | modules).items()]
     columns = ("name", "density", "achieved_density", "nonzeros", "bytes")
     note = "Share of gates open without noise, by epoch of the first phase; pruning cuts to the budget."
-    write_report(out.directory, subject, rows, document, f"Modules for {', '.join(names)}",
+    write_report(out.directory, testbed, rows, document, f"Modules for {', '.join(names)}",
                  [("Density", note, table(sizes, columns) + (figure(curves) if stages else ""))])  # fmt: skip
-    fields = (*subject.fields(), "achieved_density")
+    fields = (*testbed.fields(), "achieved_density")
     command.print_table(rows, fields, f"train.debias · {out.directory}")
 
 
@@ -204,51 +194,32 @@ def start_of(config: Config, sets, text: TextConfig) -> tuple[Start, dict[str, i
     if config.core:
         model, params = hub.load(config.core, head="classification", labels=labels, tell=command.say)
         vocabulary = read_vocabulary(hub.resolve(config.core) / TOKENS)
-        return _tokens_start(config.compute.apply(model), lambda seed: params, vocabulary), vocabulary
+        return tokens_start(config.compute.apply(model), lambda seed: params, vocabulary), vocabulary
     vocabulary = token_vocabulary(sets["train"], config.size.vocab_size)
     return scratch_tokens(config.size, config.compute, vocabulary, labels), vocabulary
 
 
-def scratch_tokens(size: SizeConfig, compute: ComputeConfig, vocabulary: dict[str, int], labels) -> Start:
-    """Make a classifier for texts of token ids."""
-    family = size.family or "bert"
-    special = SimpleNamespace(pad_token_id=PAD, bos_token_id=START, eos_token_id=None)
-    raw = scratch_config(size, family, 3 + len(vocabulary), special)
-    heads = family_of(family).ARCHITECTURES[family]
-    if "classification" not in heads:
-        raise UserError(f"--size.family {family} has no classification head")
-    raw |= {"architectures": [heads["classification"]], "id2label": {str(i): name for i, name in enumerate(labels)}}
-    model = compute.apply(build(family_of(family).Config.from_hf(raw)))
-
-    def draw(seed: int):
-        return jax.tree.map(np.asarray, model.init(jax.random.fold_in(jax.random.key(seed), 1)))
-
-    return _tokens_start(model, draw, vocabulary)
-
-
-def _tokens_start(model, params, vocabulary: dict[str, int]) -> Start:
-    def save(directory: Path) -> None:
-        (directory / TOKENS).write_text(json.dumps(vocabulary) + "\n", encoding="utf-8")
-
-    return Start(model, params, None, save)
-
-
-def train(config: Config, out: Run, start: Start, subject: Subject) -> tuple[Any, list[Path]]:
+def train(config: Config, out: Run, start: Start, testbed: Testbed) -> tuple[Any, list[Path]]:
     """Train the core and the modules that OUT lacks; returns the core's parameters and the module files."""
     model, (core_dir, folder) = start.model, (out.directory / "core", out.directory / "modules")
-    targets = targets_of(config, subject)
+    targets = targets_of(config, testbed)
     files = [folder / f"{name}.safetensors" for name in ([TASK] * bool(config.task_density) + list(targets))]
     if all(file.is_file() for file in files):
         return hub.load(config.core or core_dir)[1], files
     folder.mkdir(exist_ok=True)
-    classes = [len(values) for values in subject.names.values()]
 
-    def loop(stage: str) -> dict[str, Any]:
-        return {
-            "how": config.members, "checkpoints": out.directory / "checkpoints" / stage,
-            "checkpoint_every": config.checkpoint_every, "resumed": lambda step: out.rewind(stage, step),
-            "log": lambda step, metrics: out.log(stage, step, metrics),
-        }  # fmt: skip
+    def stage(tag: str, function: Callable, *args) -> Any:
+        """Call a phase with its checkpoints, log and progress bar filled in."""
+        with command.progress(tag) as show:
+            return function(
+                model, *args, how=config.members, show=show, checkpoints=out.directory / "checkpoints" / tag,
+                checkpoint_every=config.checkpoint_every, resumed=lambda step: out.rewind(tag, step),
+                log=lambda step, metrics: out.log(tag, step, metrics),
+            )  # fmt: skip
+
+    def phases(learners: list[Learner], module: ModuleConfig, density: float, before: str = "", after: str = ""):
+        found = stage(f"{before}gates{after}", train_gated, learners, module, config.gates, config.removal)
+        return stage(f"{before}values{after}", train_fixed, learners, found, density, module, config.removal)
 
     def save_core(params) -> None:
         for stale in (core_dir, *out.directory.glob(".core.*")):  # of a run that was killed
@@ -263,18 +234,13 @@ def train(config: Config, out: Run, start: Start, subject: Subject) -> tuple[Any
                                  seed=config.seed, settings=settings, **about)  # fmt: skip
             save_module(folder / f"{name}.safetensors", module, config.store)
 
-    def subject_of(params, attributes: tuple[int, ...], module_targets) -> training.Subject:
-        column_NJ = subject.attributes["train"][:, list(attributes)]
-        examples = subject.examples["train"]
-        examples = dataclasses.replace(examples, columns=examples.columns | {"attributes": column_NJ})
-        shares = shares_of(column_NJ, [classes[j] for j in attributes])
-        return training.Subject(params, examples, shares, module_targets, config.seed)
+    def learner(params, attributes: tuple[int, ...], targets) -> Learner:
+        return testbed.learner(params, attributes, targets, config.seed)
 
     about = {"objective": config.removal.removal, "regime": config.module.regime}
     if config.module.regime == "par":
-        one = subject_of(start.params(config.seed), tuple(range(len(classes))), tuple(targets.values()))
-        found = train_gated(model, [one], config.module, config.gates, config.removal, **loop("gates"))
-        [done] = train_fixed(model, [one], found, config.density, config.module, config.removal, **loop("values"))
+        one = learner(start.params(config.seed), tuple(range(len(testbed.names))), tuple(targets.values()))
+        [done] = phases([one], config.module, config.density)
         save_core(done.params)
         save_modules(done.params, dict(zip(targets, done.modules, strict=True)), config.density, **about)
         shutil.rmtree(out.directory / "checkpoints", ignore_errors=True)
@@ -282,7 +248,8 @@ def train(config: Config, out: Run, start: Start, subject: Subject) -> tuple[Any
 
     core = start.params(config.seed)
     if config.task_density:
-        core, task = train_task(config, model, subject_of(core, (), ((),)), loop)
+        settings = dataclasses.replace(config.module, regime="task")
+        [(core, [task])] = phases([learner(core, (), ((),))], settings, config.task_density, before="task ")
         save_core(core)
         save_modules(core, {TASK: task}, config.task_density, objective=TASK, regime="post")
         layout = layout_of(model, config.module.differs)
@@ -290,8 +257,8 @@ def train(config: Config, out: Run, start: Start, subject: Subject) -> tuple[Any
         about["requires"] = [TASK]
     else:
         if not config.core and not core_dir.exists():
-            task = subject_of(core, (), ((),))
-            [core] = train_whole(model, [task], config.module, config.removal, config.task_epochs, **loop("core"))
+            task = learner(core, (), ((),))
+            [core] = stage("core", train_whole, [task], config.module, config.removal, config.task_epochs)
             save_core(core)
         elif not config.core:
             core = hub.load(core_dir)[1]
@@ -299,31 +266,21 @@ def train(config: Config, out: Run, start: Start, subject: Subject) -> tuple[Any
     # Members of one program have equally many classes.
     groups: dict[tuple[int, ...], list[str]] = {}
     for name, target in targets.items():
-        groups.setdefault(tuple(classes[j] for j in target), []).append(name)
+        groups.setdefault(tuple(testbed.classes[j] for j in target), []).append(name)
     for number, group in enumerate(groups.values()):
-        them = [subject_of(on, targets[name], (tuple(range(len(targets[name]))),)) for name in group]
-        found = train_gated(model, them, config.module, config.gates, config.removal, **loop(f"gates{number}"))
-        done = train_fixed(model, them, found, config.density, config.module, config.removal,
-                           **loop(f"values{number}"))  # fmt: skip
+        them = [learner(on, targets[name], (tuple(range(len(targets[name]))),)) for name in group]
+        done = phases(them, config.module, config.density, after=str(number))
         modules = {name: one.modules[0] for name, one in zip(group, done, strict=True)}
         save_modules(core, modules, config.density, **about)
     shutil.rmtree(out.directory / "checkpoints", ignore_errors=True)
     return core, files
 
 
-def targets_of(config: Config, subject: Subject) -> dict[str, tuple[int, ...]]:
+def targets_of(config: Config, testbed: Testbed) -> dict[str, tuple[int, ...]]:
     """Return the name of every module and the attributes that it takes out."""
     if config.merge:
-        return {"+".join(subject.names): tuple(range(len(subject.names)))}
-    return {name: (j,) for j, name in enumerate(subject.names)}
-
-
-def train_task(config: Config, model, one: training.Subject, loop) -> tuple[Any, dict[str, np.ndarray]]:
-    """Train head and task, as a module, over frozen weights; returns those weights with the head, and the module."""
-    settings = dataclasses.replace(config.module, regime="task")
-    found = train_gated(model, [one], settings, config.gates, config.removal, **loop("task gates"))
-    [done] = train_fixed(model, [one], found, config.task_density, settings, config.removal, **loop("task values"))
-    return done.params, done.modules[0]
+        return {"+".join(testbed.names): tuple(range(len(testbed.names)))}
+    return {name: (j,) for j, name in enumerate(testbed.names)}
 
 
 if __name__ == "__main__":

@@ -1,24 +1,101 @@
-"""Records -> examples with a task label and attributes. Shapes: N examples, J attributes, T tokens."""
+"""Records with a label and attributes -> three sets of examples. Shapes: N examples, J attributes."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from jaxforget.data.sampling import hash64, id_keys, order
 from jaxforget.data.sources import Record, content_id
-from jaxforget.data.tokens import Examples, right_pad
+from jaxforget.data.text import TextConfig, encode, read
+from jaxforget.data.tokens import Examples
+from jaxforget.debiasing.token_ids import classify_tokens
 from jaxforget.errors import UserError
-from jaxforget.models.hub import read_json
 
 SETS = ("train", "valid", "test")
 SPLIT = 0x53504C54  # what a hash is for
-PAD, START, OTHER = 0, 1, 2  # ids of a vocabulary made of token ids: padding, the first token, and rare ones
-TOKENS = "token_ids.json"  # the file of such a vocabulary in a model directory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Labelled records with attributes, and how they are dealt to three sets."""
+
+    data: tuple[str, ...] = ()
+    """Records: .jsonl[.gz], .json, .csv, .tsv, .parquet files or hub names. Default: generated reviews."""
+    valid: str | None = None
+    """Records that attackers are chosen on; dealt from --data when not given."""
+    test: str | None = None
+    """Records that everything is reported on; dealt from --data when not given."""
+    attributes: tuple[str, ...] = ()
+    """Columns with protected attributes. Generated reviews have coast and guild."""
+    unknown: tuple[str, ...] = ("", "x", "None")
+    """Values of an attribute that mean it is not known; such records teach the task alone."""
+    balance: bool = False
+    """Keep as many records of every combination of attributes within a class, so that labels tell nothing of them."""
+    known: bool = False
+    """Keep only records whose attributes are all known."""
+    split: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    """Shares of training, validation and test records; what says the same is dealt to the same set."""
+    split_seed: int = 0
+    """Seed of the deal and of --balance."""
+    token_ids: bool = False
+    """The text is token ids, separated by spaces; there is no tokenizer."""
+    records: int = 3000
+    """Generated reviews."""
+
+
+def read_sets(
+    config: DataConfig, text: TextConfig
+) -> tuple[dict[str, list[Record]], dict[str, tuple[str, ...]], TextConfig]:
+    """Read and deal the records; returns the sets, the values of every attribute, and the columns that were read."""
+    attributes = config.attributes
+    if config.data:
+        text = dataclasses.replace(text, label_field=text.label_field or "label")
+        if not attributes:
+            raise UserError("--attributes is missing; name the columns with protected attributes")
+        if bool(config.valid) != bool(config.test):
+            raise UserError("--valid and --test go together; without them --data is dealt to three sets")
+        records = [record for source in config.data for record in read(source, text)]
+        records = by_content(records) if text.id_field is None else records
+    else:
+        if config.valid or config.test or config.token_ids:
+            raise UserError("--valid, --test and --token-ids need --data")
+        records, attributes = generated(config.records, config.split_seed), attributes or ("coast", "guild")
+    names = attribute_names(records, attributes, config.unknown)
+    if config.test:
+        sets = {"train": records} | {name: read(getattr(config, name), text) for name in ("valid", "test")}
+        for name in ("valid", "test"):
+            attribute_names(sets[name], attributes, config.unknown)
+    else:
+        sets = split_by_content(records, config.split, config.split_seed)
+    if config.known and not config.balance:
+        sets = {name: [r for r in part if all(str(r.fields[a]) in v for a, v in names.items())]
+                for name, part in sets.items()}  # fmt: skip
+    if config.balance:
+        sets = {name: balanced(part, names, config.split_seed) for name, part in sets.items()}
+    for name, part in sets.items():
+        if not part:
+            raise UserError(f"the {name} set is empty; give more records, or other shares in --split")
+    return sets, names, text
+
+
+def encode_sets(
+    sets: Mapping[str, Sequence[Record]], names: dict[str, tuple[str, ...]], text: TextConfig, model, tokenizer,
+    vocabulary: dict[str, int] | None, tell: Callable[[str], None] = lambda message: None,
+) -> dict[str, Examples]:  # fmt: skip
+    """Encode every set for a classifier: by its tokenizer, or by the vocabulary of its token ids."""
+    labels, result = model.config.labels, {}
+    for name, records in sets.items():
+        if vocabulary is not None:
+            examples = classify_tokens(records, vocabulary, labels, min(text.max_length or 10**9, model.max_length))
+        else:
+            examples = encode(records, tokenizer, text, context=model.max_length, where=name, tell=tell,
+                              task="classification", labels=labels)  # fmt: skip
+        result[name] = with_attributes(examples, records, names)
+    return result
 
 
 def attribute_names(
@@ -94,49 +171,6 @@ def balanced(records: Sequence[Record], names: dict[str, tuple[str, ...]], seed:
         fewest = min(map(len, by_value.values()))
         kept += [n for rows in by_value.values() for n in rows[:fewest]]
     return [records[n] for n in sorted(kept)]
-
-
-def token_vocabulary(records: Sequence[Record], size: int) -> dict[str, int]:
-    """Number the commonest token ids of records that are ids, from 3 on; the others are one token."""
-    if size < 4:
-        raise UserError(f"vocab_size is {size}; it must be at least 4")
-    counts = Counter(token for record in records for token in record.text.split())
-    commonest = sorted(counts, key=lambda token: (-counts[token], token))[: size - 3]
-    return {token: 3 + place for place, token in enumerate(commonest)}
-
-
-def read_vocabulary(file: Path) -> dict[str, int]:
-    """Read what `token_vocabulary` gave and a model directory keeps."""
-    vocabulary = read_json(file)
-    if sorted(vocabulary.values()) != list(range(3, 3 + len(vocabulary))):
-        raise UserError(f"{file} is no vocabulary of token ids")
-    return vocabulary
-
-
-def classify_tokens(
-    records: Sequence[Record], vocabulary: dict[str, int], labels: Sequence[str], max_length: int
-) -> Examples:
-    """Encode records whose text is token ids, and their class: START and then what the vocabulary makes of them.
-
-    Raises UserError for a text that is not token ids and for a label that is not among the names.
-    """
-    place = {name: index for index, name in enumerate(labels)}
-    rows = []
-    for record in records:
-        if not all(token.isdecimal() for token in record.text.split()):
-            raise UserError(f"record {record.id!r} is not token ids separated by spaces; leave out --token-ids")
-        if str(record.fields["label"]) not in place:
-            raise UserError(f"record {record.id!r} has the label {record.fields['label']!r}; known are "
-                            f"{', '.join(labels)}")  # fmt: skip
-        rows.append([START, *(vocabulary.get(token, OTHER) for token in record.text.split())])
-    ids = tuple(record.id for record in records)
-    columns = {
-        "tokens": right_pad([row[:max_length] for row in rows], PAD, max_length),
-        "length": np.asarray([min(len(row), max_length) for row in rows], np.int32),
-        "key": id_keys(ids),
-        "label": np.asarray([place[str(record.fields["label"])] for record in records], np.int32),
-    }
-    return Examples(ids, columns, PAD, sum(len(row) > max_length for row in rows))
 
 
 def with_attributes(examples: Examples, records: Sequence[Record], names: dict[str, tuple[str, ...]]) -> Examples:

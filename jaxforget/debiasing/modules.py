@@ -1,18 +1,16 @@
-"""Modules as files: what a module changes, by tensor, and what it was made for.
+"""Modules and their files: what a module changes, by tensor, and what it was made for.
 
 A .safetensors file holds for every parameter that differs `PATH#idx`, uint32, its places in row-major order, sorted and
 unique, and `PATH#val`, what is added there. Its metadata name the base model by digest; another base is refused.
-Composition is order-free: modules are always added up in the order of their names, and always onto the base itself,
-because adding and taking away again does not restore a float. Shapes: N parameters that may differ, P places.
+Shapes: P places.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,6 @@ import numpy as np
 from jaxforget.debiasing.differences import Layout
 from jaxforget.errors import UserError
 from jaxforget.models.adapters import digest
-from jaxforget.models.hub import get_leaf, set_leaf
 from jaxforget.models.model import Params
 
 FORMAT, VERSION = "jaxforget.module", 1  # the one key of the metadata: of several the order would vary
@@ -147,6 +144,17 @@ def load_module(file: str | Path, base_sha256: str | None = None) -> Module:
     return module
 
 
+def load_modules(files: Sequence[Path], sha256: str) -> dict[str, Module]:
+    """Load modules for a base by the names of their files."""
+    found: dict[str, Module] = {}
+    for file in files:
+        name = Path(file).name.removesuffix(".safetensors")
+        if name in found:
+            raise UserError(f"two modules are called {name}; rename one of the files")
+        found[name] = load_module(file, sha256)
+    return found
+
+
 def check_base(module: Module, base_sha256: str, name: str) -> None:
     """Raise UserError for a module of another base."""
     if module.base_sha256 != base_sha256:
@@ -177,99 +185,3 @@ def inspect(module: Module) -> dict[str, Any]:
         **module.about, "nonzeros": module.nonzeros, "size": module.size, "achieved_density": module.density,
         "bytes": 8 * module.nonzeros, "base_sha256": module.base_sha256, "share_by_part": shares,
     }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------- composition
-def add_up(entries: list[Entry]) -> Entry:
-    """Sum, one after the other in float32."""
-    place_Q = _union(entries)
-    total_Q = np.zeros(len(place_Q), np.float32)
-    for entry in entries:
-        total_Q[np.searchsorted(place_Q, entry.place_P)] += entry.value_P
-    return Entry(place_Q, total_Q)
-
-
-def _count(entries: list[Entry], place_Q: np.ndarray) -> np.ndarray:
-    count_Q = np.zeros(len(place_Q), np.float32)
-    for entry in entries:
-        count_Q[np.searchsorted(place_Q, entry.place_P)] += 1
-    return count_Q
-
-
-def _union(entries: list[Entry]) -> np.ndarray:
-    return np.unique(np.concatenate([entry.place_P for entry in entries]))
-
-
-def _mean(entries: list[Entry], modules: int) -> Entry:
-    place_Q, total_Q = add_up(entries)
-    return Entry(place_Q, total_Q / np.float32(modules))
-
-
-def _nonzero_mean(entries: list[Entry], modules: int) -> Entry:
-    place_Q, total_Q = add_up(entries)
-    return Entry(place_Q, total_Q / _count(entries, place_Q))
-
-
-COMPOSITIONS: dict[str, Callable[[list[Entry], int], Entry]] = {
-    "sum": lambda entries, modules: add_up(entries),
-    "mean": _mean,
-    "nonzero_mean": _nonzero_mean,  # over the modules that have a value at the place
-}
-
-
-def compose(modules: Mapping[str, Module], how: str = "sum") -> dict[str, Entry]:
-    """Join modules to one difference. Always in the order of their names, so that it is the same to the last bit."""
-    if how not in COMPOSITIONS:
-        raise UserError(f"unknown composition {how!r}; valid names are {', '.join(COMPOSITIONS)}")
-    found: dict[str, list[Entry]] = {}
-    for name in sorted(modules):
-        for path, entry in modules[name].entries.items():
-            found.setdefault(path, []).append(entry)
-    return {path: COMPOSITIONS[how](entries, len(modules)) for path, entries in found.items()}
-
-
-def merged(params: Params, modules: Mapping[str, Module], how: str = "sum") -> Params:
-    """Return host parameters with the modules on; without any, the given ones. What no module touches is not copied."""
-    if not modules:
-        return params
-    joined = _copied(params)
-    for path, (place_P, value_P) in compose(modules, how).items():
-        leaf = np.array(get_leaf(params, path), np.float32)  # a copy
-        leaf.reshape(-1)[place_P] += value_P
-        set_leaf(joined, path, leaf)
-    return joined
-
-
-def _copied(tree):
-    return {name: _copied(part) for name, part in tree.items()} if isinstance(tree, dict) else tree
-
-
-def conflicts(modules: Mapping[str, Module]) -> list[dict[str, Any]]:
-    """Compare every pair of modules: overlap, the share of the smaller one's places that both have, and opposite, the
-    share of those places where they pull in opposite directions."""
-    rows = []
-    for one, two in itertools.combinations(sorted(modules), 2):
-        a, b = modules[one], modules[two]
-        both = opposite = 0
-        for path in a.entries.keys() & b.entries.keys():
-            x, y = a.entries[path], b.entries[path]
-            _, at_x, at_y = np.intersect1d(x.place_P, y.place_P, assume_unique=True, return_indices=True)
-            both += len(at_x)
-            opposite += int((np.sign(x.value_P[at_x]) * np.sign(y.value_P[at_y]) < 0).sum())
-        smaller = max(min(a.nonzeros, b.nonzeros), 1)
-        rows.append({"modules": [one, two], "overlap": both / smaller, "opposite": opposite / max(both, 1)})
-    return rows
-
-
-def warnings(modules: Mapping[str, Module]) -> list[str]:
-    """Say what may go wrong when these modules are on together."""
-    said = []
-    for row in conflicts(modules):
-        one, two = row["modules"]
-        if row["overlap"]:
-            said.append(f"modules {one} and {two} overlap at {row['overlap']:.1%} of the smaller one's places, "
-                        f"{row['opposite']:.0%} of these with opposite signs")  # fmt: skip
-        shared = modules[one].about.get("attribute")
-        if shared is not None and shared == modules[two].about.get("attribute"):
-            said.append(f"modules {one} and {two} both take out {shared}")
-    return said

@@ -6,6 +6,7 @@ modules of a member, N parameters that may differ.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxforget.command import progress
 from jaxforget.data.tokens import Examples
 from jaxforget.debiasing.differences import difference, fixed, gated, layout_of, sparse
 from jaxforget.debiasing.gates import GateConfig, stretched
@@ -69,7 +69,7 @@ class ModuleConfig:
             raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0")
 
 
-class Subject(NamedTuple):
+class Learner(NamedTuple):
     """A member: what it starts from, what it learns from, and which attributes its modules take out."""
 
     params: Any
@@ -103,74 +103,75 @@ def shares_of(attributes_NJ: np.ndarray, classes: Sequence[int]) -> list[np.ndar
     return found
 
 
-def train_gated(model, subjects: Sequence[Subject], config: ModuleConfig, gates: GateConfig, removal: RemovalConfig,
+def train_gated(model, learners: Sequence[Learner], config: ModuleConfig, gates: GateConfig, removal: RemovalConfig,
                 **loop: Any) -> list[Gated]:  # fmt: skip
     """Run the first phase of all members in one program."""
     layout = layout_of(model, config.differs)
-    trainable = gated(layout, gates, len(subjects[0].targets), **_besides(model, subjects[0], config))
-    objective = debiasing(model, removal, subjects[0].targets, core=config.regime == "par", gates=gates)
-    parts = [_parts(model, subject, removal) for subject in subjects]
+    trainable = gated(layout, gates, len(learners[0].targets), **_besides(model, learners[0], config))
+    objective = debiasing(model, removal, learners[0].targets, core=config.regime == "par", gates=gates)
+    parts = [_parts(model, learner, removal) for learner in learners]
 
     def density(parts_K):
         """Share of gates that are open without noise, by module, mean over members."""
         return [float(jnp.mean(stretched(gate["alpha"], gates) > 0)) for gate in parts_K["gates"]]
 
-    trained = _train(objective, trainable, subjects, parts, config, config.epochs, "gates", density=density, **loop)
+    trained = _train(objective, trainable, learners, parts, config, config.epochs, density=density, **loop)
     settle = jax.jit(lambda module: difference(layout, gates, module))
     return [
-        Gated(part["model"], part["adversary"], np.stack([np.asarray(settle(m)) for m in moving["modules"]]))
-        for part, moving in trained
-    ]
+        Gated(one.params if config.regime == "post" else part["model"], part["adversary"],
+              np.stack([np.asarray(settle(m)) for m in moving["modules"]]))
+        for one, (part, moving) in zip(learners, trained, strict=True)
+    ]  # fmt: skip
 
 
-def train_fixed(model, subjects: Sequence[Subject], found: Sequence[Gated], density: float, config: ModuleConfig,
+def train_fixed(model, learners: Sequence[Learner], found: Sequence[Gated], density: float, config: ModuleConfig,
                 removal: RemovalConfig, **loop: Any) -> list[Fixed]:  # fmt: skip
     """Prune to a density and run the second phase of all members in one program."""
     layout = layout_of(model, config.differs)
-    trainable = fixed(layout, len(subjects[0].targets), **_besides(model, subjects[0], config))
-    objective = debiasing(model, removal, subjects[0].targets, core=config.regime == "par", gates=None)
+    trainable = fixed(layout, len(learners[0].targets), **_besides(model, learners[0], config))
+    objective = debiasing(model, removal, learners[0].targets, core=config.regime == "par", gates=None)
     parts = [
-        _parts(model, subject, removal) | {
+        _parts(model, learner, removal) | {
             "model": one.params, "adversary": one.adversary,
             "modules": [sparse(value_N, density, strict=config.strict) for value_N in one.values_JN],
         }
-        for subject, one in zip(subjects, found, strict=True)
+        for learner, one in zip(learners, found, strict=True)
     ]  # fmt: skip
     if not config.fixed_epochs:
         return [Fixed(part["model"], part["modules"]) for part in parts]
-    trained = _train(objective, trainable, subjects, parts, config, config.fixed_epochs, "values", **loop)
+    trained = _train(objective, trainable, learners, parts, config, config.fixed_epochs, **loop)
     return [Fixed(part["model"], part["modules"]) for part, _ in trained]
 
 
-def train_whole(model, subjects: Sequence[Subject], config: ModuleConfig, removal: RemovalConfig, epochs: int,
+def train_whole(model, learners: Sequence[Learner], config: ModuleConfig, removal: RemovalConfig, epochs: int,
                 **loop: Any) -> list[Any]:  # fmt: skip
     """Debias whole models, without modules: the full-parameter baseline. Without attributes: train the task alone.
 
     Their learning rate is config.core_rate. Returns the parameters of every member.
     """
-    objective = debiasing(model, removal, subjects[0].targets, gates=None)
-    parts = [_parts(model, subject, removal) for subject in subjects]
-    moving = subset("model/.*", *_adversaries(subjects[0]))
-    trained = _train(objective, moving, subjects, parts, config, epochs, "whole model", **loop)
+    objective = debiasing(model, removal, learners[0].targets, gates=None)
+    parts = [_parts(model, learner, removal) for learner in learners]
+    moving = subset("model/.*", *_adversaries(learners[0]))
+    trained = _train(objective, moving, learners, parts, config, epochs, **loop)
     return [part["model"] for part, _ in trained]
 
 
-def _besides(model, subject: Subject, config: ModuleConfig) -> dict[str, Any]:
+def _besides(model, learner: Learner, config: ModuleConfig) -> dict[str, Any]:
     """Say what trains in full beside the modules, and whether the losses with a module on train the head."""
     head = "|".join(name for name in model.shapes() if name not in model.headless.shapes())
     moving = {"post": (), "par": ("model/.*",), "task": (f"model/({head})/.*",)}[config.regime]
     learns = config.regime == "task" or (config.regime == "par" and config.head == "shared")
-    return {"others": (*moving, *_adversaries(subject)), "head": learns}
+    return {"others": (*moving, *_adversaries(learner)), "head": learns}
 
 
-def _adversaries(subject: Subject) -> tuple[str, ...]:
-    return ("adversary/.*",) if subject.shares else ()
+def _adversaries(learner: Learner) -> tuple[str, ...]:
+    return ("adversary/.*",) if learner.shares else ()
 
 
-def _parts(model, subject: Subject, removal: RemovalConfig) -> dict[str, Any]:
-    key = jax.random.fold_in(jax.random.key(subject.seed), 2)
-    return {"model": subject.params, "shares": [jnp.asarray(share) for share in subject.shares],
-            "adversary": draw_adversaries(key, removal, width_of(model), subject.shares)}  # fmt: skip
+def _parts(model, learner: Learner, removal: RemovalConfig) -> dict[str, Any]:
+    key = jax.random.fold_in(jax.random.key(learner.seed), 2)
+    return {"model": learner.params, "shares": [jnp.asarray(share) for share in learner.shares],
+            "adversary": draw_adversaries(key, removal, width_of(model), learner.shares)}  # fmt: skip
 
 
 def width_of(model) -> int:
@@ -179,54 +180,44 @@ def width_of(model) -> int:
 
 
 def _train(
-    objective, trainable: Trainable, subjects: Sequence[Subject], parts: list[dict[str, Any]], config: ModuleConfig,
-    epochs: int, label: str, *, how: Members = "auto", checkpoints: Path | None = None,
+    objective, trainable: Trainable, learners: Sequence[Learner], parts: list[dict[str, Any]], config: ModuleConfig,
+    epochs: int, *, how: Members = "auto", checkpoints: Path | None = None,
     log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
-    resumed: Callable[[int], None] = lambda step: None, checkpoint_every: int = 0,
-    density: Callable[[dict[str, Any]], list[float]] | None = None,
+    density: Callable[[dict[str, Any]], list[float]] | None = None, **loop: Any,
 ) -> list[tuple[dict[str, Any], Any]]:  # fmt: skip
     """Train all members; returns for each its parts on the host and what moved.
 
     how: members one after the other or side by side. log gets the metrics of every step, and once an epoch `density`.
+    loop: what else `fit` takes.
     """
     groups = module_groups(
-        len(subjects[0].targets), gate_rate=config.gate_rate / config.learning_rate,
+        len(learners[0].targets), gate_rate=config.gate_rate / config.learning_rate,
         adversary_rate=config.adversary_rate / config.learning_rate, core_rate=config.core_rate / config.learning_rate,
     )  # fmt: skip
     settings = OptimizerConfig(schedule="constant", warmup=0.0, max_grad_norm=config.max_grad_norm)
     step = make_step(objective, trainable, mean_gradient(), grouped(groups, settings))
-    # A core that all members start from and none moves is held once.
+    # A core that all members start from is held once; where it moves, each has its own among what moves.
     shared = all(part["model"] is parts[0]["model"] for part in parts)
     own = tuple(name for name in parts[0] if not (shared and name == "model"))
     lifted = members(step, how, own)
-    batches = [
-        Batches((Stream(subject.examples, min(config.batch_size, len(subject.examples))),), epochs, subject.seed)
-        for subject in subjects
-    ]
-    started = [step.init(jax.random.key(subject.seed), part) for subject, part in zip(subjects, parts, strict=True)]
-    states = [
-        set_schedule(state, learning_rate=config.learning_rate, total=batch.steps)
-        for (state, _), batch in zip(started, batches, strict=True)
-    ]
-    frozen = {**started[0][1], **stack([{name: one[name] for name in own} for _, one in started])}
-    together = MemberBatches(tuple(batches))
+    batches = MemberBatches(tuple(
+        Batches((Stream(one.examples, min(config.batch_size, len(one.examples))),), epochs, one.seed)
+        for one in learners
+    ))  # fmt: skip
+    keys = [jax.random.key(one.seed) for one in learners]
+    state, frozen = lifted.init(keys, parts[0] | stack([{name: part[name] for name in own} for part in parts]))
+    rate_K = np.full(len(learners), config.learning_rate, np.float32)
+    state = set_schedule(state, learning_rate=rate_K, total=np.asarray([one.steps for one in batches.members]))
+    loop["log"] = log
 
     def watch(done, parts_K):
         log(done, {"density": density(parts_K)})
         return False
 
-    with progress(label) as show:
-        loop = {"show": show, "log": log, "resumed": resumed, "checkpoint_every": checkpoint_every}
-        if density is not None:
-            loop |= {"evaluate": watch, "evaluate_every": together.steps // epochs}
-        if checkpoints is None:
-            outcome = fit(lifted, stack(states), frozen, together, **loop)
-        else:
-            with Checkpoints(checkpoints) as store:
-                outcome = fit(lifted, stack(states), frozen, together, checkpoints=store, **loop)
-    trained = []
-    for k in range(len(subjects)):
-        mine = {name: member(frozen[name], k) if name in own else frozen[name] for name in frozen}
-        moving = member(outcome.state.trainable, k)
-        trained.append(jax.tree.map(np.asarray, (step.combine(mine, moving), moving)))
-    return trained
+    if density is not None:
+        loop |= {"evaluate": watch, "evaluate_every": batches.steps // epochs}
+    with Checkpoints(checkpoints) if checkpoints else contextlib.nullcontext() as store:
+        outcome = fit(lifted, state, frozen, batches, checkpoints=store, **loop)
+    moving_K = outcome.state.trainable
+    both_K = jax.tree.map(np.asarray, (lifted.combine(frozen, moving_K), moving_K))
+    return [member(both_K, k) for k in range(len(learners))]

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxforget.debiasing.modules import Module, check_base, merged, warnings
+from jaxforget.debiasing.composition import merged, warnings
+from jaxforget.debiasing.modules import Module, check_base
 from jaxforget.errors import UserError
 from jaxforget.models.adapters import digest
 from jaxforget.models.model import Params

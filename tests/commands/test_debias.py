@@ -12,8 +12,10 @@ from shards import call, done
 
 import eval.leakage
 import train.debias
-from jaxforget.debiasing.data import by_content, generated, split_by_content
-from jaxforget.debiasing.modules import inspect, load_module, merged
+from jaxforget.data.text import TextConfig
+from jaxforget.debiasing.composition import merged
+from jaxforget.debiasing.data import DataConfig, by_content, generated, read_sets, split_by_content
+from jaxforget.debiasing.modules import inspect, load_module
 from jaxforget.errors import UserError
 from jaxforget.models import hub
 from jaxforget.models.adapters import digest
@@ -102,7 +104,7 @@ def test_the_task_as_a_module(home, tmp_path):
     assert jax.tree.structure(fresh) == jax.tree.structure({n: start[n] for n in fresh})
     again = train.debias.start_of(
         train.debias.Config(size=train.debias.SizeConfig(width=16, layers=1, heads=2, context=16, vocab_size=300)),
-        *eval.leakage.read_sets(eval.leakage.DataConfig(records=160), eval.leakage.TextConfig())[::2],
+        *read_sets(DataConfig(records=160), TextConfig())[::2],
     )[0].params(0)  # fmt: skip
     chex.assert_trees_all_equal(fresh, {name: again[name] for name in fresh})  # the backbone never moved
 

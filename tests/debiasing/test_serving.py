@@ -9,7 +9,7 @@ from classifiers import classifier, examples
 from test_modules import MODEL, PARAMS, module_of
 
 from jaxforget.debiasing import serving
-from jaxforget.debiasing.modules import merged
+from jaxforget.debiasing.composition import merged
 from jaxforget.debiasing.serving import Modular, buckets
 from jaxforget.errors import UserError
 
