@@ -61,6 +61,7 @@ def fit(
     evaluate: Callable[[int, Any], bool] | None = None,
     checkpoints: Checkpoints | None = None,
     checkpoint_every: int = 0,
+    finite: bool = True,
     log: Log = lambda step, metrics: None,
     resumed: Callable[[int], None] = lambda step: None,
     show: Callable[[Progress], None] = lambda progress: None,
@@ -69,9 +70,9 @@ def fit(
 
     A step and batches lifted to members train side by side. chunk: steps in one device program. evaluate(step, parts)
     is called at step 0 of a fresh run, then every `evaluate_every` steps (0: never) and at the end; returning True
-    stops the run there. checkpoint_every: steps between checkpoints (0: at the end alone). log gets the metrics of
-    every step in order. A resumed run repeats the steps after its checkpoint, so `resumed` tells the log's owner which
-    lines to drop.
+    stops the run there. checkpoint_every: steps between checkpoints (0: at the end alone). finite: stop at a bad loss;
+    without it a member that collapses spoils nothing but itself. log gets the metrics of every step in order. A resumed
+    run repeats the steps after its checkpoint, so `resumed` tells the log's owner which lines to drop.
 
     Raises NonFiniteLoss naming the step. Numbers do not depend on where a run was interrupted: every chunk runs in
     one compiled program, and chunk boundaries do not enter the arithmetic.
@@ -106,7 +107,7 @@ def fit(
         metrics_S = jax.tree.map(np.asarray, metrics_S)
         for i in range(count):
             metrics = {name: _at(i, values_S, ran) for name, values_S in metrics_S.items()}
-            if not all(math.isfinite(x) for x in np.ravel(metrics["loss"]) if x is not None):
+            if finite and not all(math.isfinite(x) for x in np.ravel(metrics["loss"]) if x is not None):
                 raise NonFiniteLoss(f"the loss is {metrics['loss']} at step {first + i + 1}; lower the learning rate")
             log(first + i + 1, metrics)
         show(Progress(first + count, batches.steps, elapsed(), batches.tokens_until(first + count)))

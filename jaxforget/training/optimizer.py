@@ -81,15 +81,15 @@ class TrainConfig(OptimizerConfig):
 
 class ScheduleState(NamedTuple):
     count: jax.Array  # int32, updates done
-    peak: jax.Array  # float32, peak learning rate
-    total: jax.Array  # float32, length of the run in updates
+    peak: jax.Array  # of JAX's default float type, peak learning rate
+    total: jax.Array  # of the same type, length of the run in updates
 
 
 def schedule(config: OptimizerConfig) -> optax.GradientTransformation:
     """Scale by minus the learning rate: linear warm-up, then the decay of `config.schedule`."""
 
     def init(params):
-        return ScheduleState(jnp.int32(0), jnp.float32(config.learning_rate), jnp.float32(1.0))
+        return ScheduleState(jnp.int32(0), jnp.asarray(config.learning_rate, float), jnp.asarray(1.0, float))
 
     def update(updates, state, params=None):
         step = state.count.astype(jnp.float32)
@@ -128,12 +128,13 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     return _adamw(OptimizerConfig(**{**{name: getattr(config, name) for name in names}, "learning_rate": 0.0}))
 
 
-def set_schedule(state: State, *, learning_rate: float, total: int) -> State:
-    """Write the peak learning rate and the run length, in updates, into a fresh state."""
+def set_schedule(state: State, *, learning_rate, total) -> State:
+    """Write the peak learning rate and the run length, in updates, into a fresh state; of K members, K of each."""
 
     def write(node):
         if isinstance(node, ScheduleState):
-            return node._replace(peak=jnp.float32(learning_rate), total=jnp.float32(total))
+            kind = node.peak.dtype
+            return node._replace(peak=jnp.asarray(learning_rate, kind), total=jnp.asarray(total, kind))
         return node
 
     is_schedule = lambda node: isinstance(node, ScheduleState)  # noqa: E731
