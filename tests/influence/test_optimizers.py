@@ -90,7 +90,8 @@ def test_against_torch(name):
         ),
     }
     theirs = make[name]()
-    for ours, gradient in zip(follow(ascent_optimizer(name), jnp.array(start), gradients, 0.01), gradients, strict=True):
+    followed = follow(ascent_optimizer(name), jnp.array(start), gradients, 0.01)
+    for ours, gradient in zip(followed, gradients, strict=True):
         tensor.grad = torch.tensor(gradient)
         theirs.step()
         np.testing.assert_allclose(ours, tensor.detach().numpy(), rtol=2e-5, atol=2e-6)
