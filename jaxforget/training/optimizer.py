@@ -85,6 +85,16 @@ class ScheduleState(NamedTuple):
     total: jax.Array  # of the same type, length of the run in updates
 
 
+def rate_at(config: OptimizerConfig, state: ScheduleState) -> jax.Array:
+    """Give the learning rate of the update that comes next."""
+    step = state.count.astype(jnp.float32)
+    warm = jnp.ceil(config.warmup * state.total)
+    rise = jnp.minimum(1.0, (step + 1.0) / jnp.maximum(warm, 1.0))
+    done = jnp.clip((step - warm) / jnp.maximum(state.total - warm, 1.0), min=0.0, max=1.0)
+    fall = {"cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)), "linear": 1.0 - done, "constant": 1.0}[config.schedule]
+    return state.peak * rise * fall
+
+
 def schedule(config: OptimizerConfig) -> optax.GradientTransformation:
     """Scale by minus the learning rate: linear warm-up, then the decay of `config.schedule`."""
 
@@ -92,12 +102,7 @@ def schedule(config: OptimizerConfig) -> optax.GradientTransformation:
         return ScheduleState(jnp.int32(0), jnp.asarray(config.learning_rate, float), jnp.asarray(1.0, float))
 
     def update(updates, state, params=None):
-        step = state.count.astype(jnp.float32)
-        warm = jnp.ceil(config.warmup * state.total)
-        rise = jnp.minimum(1.0, (step + 1.0) / jnp.maximum(warm, 1.0))
-        done = jnp.clip((step - warm) / jnp.maximum(state.total - warm, 1.0), min=0.0, max=1.0)
-        fall = {"cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * done)), "linear": 1.0 - done, "constant": 1.0}[config.schedule]
-        rate = state.peak * rise * fall
+        rate = rate_at(config, state)
         updates = jax.tree.map(lambda u: -rate * u, updates)
         return updates, state._replace(count=state.count + 1)
 
