@@ -1,1 +1,1 @@
-"""What a model knows (language.py), and whether it shows what it was trained on (membership.py)."""
+"""What a model knows and shows: each file a family of measures, benchmark.py the table of those of unlearning."""

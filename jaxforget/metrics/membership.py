@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxforget.errors import UserError
 from jaxforget.metrics.language import TokenScores
 
 MIN_K = (20, 30, 40, 50, 60, 100)
@@ -41,3 +42,28 @@ def membership_aucs(members: TokenScores, non_members: TokenScores) -> dict[str,
         for percent in MIN_K
     }
     return {**result, "loss_auc": result["mink100_auc"]}
+
+
+# ------------------------------------------------------------------------------------------- against retraining
+def privleak(auc_mem: float, retrained: float) -> float:
+    """Return 100 (A - A_ret) / A_ret with A = 1 - AUC, in percent (MUSE, arXiv 2407.06460).
+
+    0 is retraining, -100 everything memorised, above 0 over-unlearned. Raises UserError where A_ret is about 0: a
+    retrained model that tells members from non-members has seen them, or the two sets differ in kind.
+    """
+    if not 1.0 - retrained > 0.01:
+        raise UserError(f"PrivLeak divides by 1 - AUC of the retrained model, whose AUC is {retrained:.4g}")
+    return 100.0 * (retrained - auc_mem) / (1.0 - retrained)
+
+
+def auc_ci95(members: np.ndarray, non_members: np.ndarray) -> float:
+    """Return half the 95 % interval of `auc` over texts (DeLong et al. 1988); 0 for one text of a kind."""
+    from scipy.stats import rankdata
+
+    m, n = len(members), len(non_members)
+    if min(m, n) < 2:
+        return 0.0
+    ranks = rankdata(np.concatenate([members, non_members]))
+    beaten_m = 1.0 - (ranks[:m] - rankdata(members)) / n  # share of non-members above each member
+    beats_n = (ranks[m:] - rankdata(non_members)) / m
+    return float(1.96 * np.sqrt(beaten_m.var(ddof=1) / m + beats_n.var(ddof=1) / n))

@@ -1,0 +1,90 @@
+"""From several metrics to one: harmonic means, and how far numbers hold when a model is tuned again or quantised.
+
+Parts are from 0 to 1, better is higher. Formulas: github.com/gnueaj/unlearning-depth-score, whose published data they
+reproduce; the one-sided forms are attributed to arXiv 2506.12618.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxforget.errors import UserError
+from jaxforget.metrics.membership import auc
+
+TINY = 1e-12
+
+
+def harmonic_mean(values: Iterable[float | None]) -> float | None:
+    """Return n / sum of 1 / (x + 1e-12); None where a value is missing."""
+    values = list(values)
+    if not values or any(value is None for value in values):
+        return None
+    return float(len(values) / sum(1.0 / (value + TINY) for value in values))
+
+
+def mean(value_N: Any) -> float | None:
+    """Average what is there, missing items (NaN, None) left out; None where nothing is."""
+    value_N = np.asarray(value_N, np.float64)
+    kept_N = value_N[np.isfinite(value_N)]
+    return float(kept_N.mean()) if len(kept_N) else None
+
+
+def noted(compute: Callable[[], dict[str, Any]], *fields: str) -> dict[str, Any]:
+    """Return what is computed; where it cannot be, the fields as None and why in `note`."""
+    try:
+        return compute()
+    except UserError as error:
+        return dict.fromkeys(fields) | {"note": str(error)}
+
+
+def memorisation(es: float, em: float, paraprob: float, truth: float) -> float | None:
+    """Join what is not memorised: extraction strength, exact memorisation, ParaProb and mean T3."""
+    return harmonic_mean(1.0 - value for value in (es, em, paraprob, truth))
+
+
+def smia(auc_mem: float, retrained: float) -> float:
+    """Return clip(1 - |AUC - AUC of the retrained model| / AUC of the retrained model, 0, 1)."""
+    if not retrained > 0:
+        raise UserError(f"sMIA divides by the retrained model's AUC, which is {retrained}")
+    return float(np.clip(1.0 - abs(auc_mem - retrained) / retrained, 0.0, 1.0))
+
+
+def relative_utility(utility: float, original: float) -> float:
+    """Return min(1, utility / utility of the model before unlearning)."""
+    if not original > 0:
+        raise UserError(f"the utility of the original model is {original}; nothing can be relative to it")
+    return min(1.0, utility / original)
+
+
+def relearn(change: float, retrained_change: float, *, one_sided: bool = False) -> float:
+    """Compare what tuning again on the forget set moves, |after - before|, with what it moves in the retrained model.
+
+    Symmetric: 1 - |a - b| / (a + b). One-sided: min(b / a, 1), which forgives a model that relearns slower.
+    """
+    a, b = abs(change), abs(retrained_change)
+    if one_sided:
+        return min(b / a, 1.0) if a else 1.0
+    return 1.0 - abs(a - b) / (a + b) if a + b else 1.0
+
+
+def quantise(before: float, after: float, *, one_sided: bool = False) -> float:
+    """Compare a metric before and after weights are quantised. Symmetric: 1 - |after - before| / (after + before).
+
+    One-sided: min(after / before, 1).
+    """
+    if one_sided:
+        return min(after / before, 1.0) if before else 1.0
+    return 1.0 - abs(after - before) / (after + before) if after + before else 1.0
+
+
+def robustness(relearned: float, quantised: float) -> float:
+    """Return the harmonic mean of the two."""
+    return harmonic_mean((relearned, quantised))
+
+
+def faithfulness(knowing: Sequence[float], never_knew: Sequence[float]) -> float:
+    """Return P(metric of a model that knows the forget set > metric of one that does not) + ties / 2."""
+    return auc(np.asarray(never_knew, np.float64), np.asarray(knowing, np.float64))
