@@ -116,4 +116,9 @@ def nll(logits_BC, label_B):
 
 def draw_adversaries(key, config: RemovalConfig, width: int, shares: list) -> list:
     """Draw the heads of every attribute. shares: of its classes, as in the parts."""
-    return [draw_heads(jax.random.fold_in(key, j), config.heads, width, len(s)) for j, s in enumerate(shares)]
+    return _drawn(key, config.heads, width, tuple(map(len, shares)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one small program instead of many
+def _drawn(key, heads: int, width: int, classes: tuple[int, ...]) -> list:
+    return [draw_heads(jax.random.fold_in(key, j), heads, width, count) for j, count in enumerate(classes)]

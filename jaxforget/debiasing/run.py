@@ -24,7 +24,7 @@ from jaxforget.debiasing.optimizer import grouped, module_groups
 from jaxforget.errors import UserError
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
-from jaxforget.training.ensemble import MemberBatches, Members, member, members, stack
+from jaxforget.training.ensemble import MemberBatches, Members, member, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import OptimizerConfig, set_schedule
@@ -111,9 +111,13 @@ def train_gated(model, learners: Sequence[Learner], config: ModuleConfig, gates:
     objective = debiasing(model, removal, learners[0].targets, core=config.regime == "par", gates=gates)
     parts = [_parts(model, learner, removal) for learner in learners]
 
-    def density(parts_K):
+    @jax.jit
+    def open_share(modules_K):
+        return [jnp.mean(stretched(module["alpha"], gates) > 0) for module in modules_K]
+
+    def density(moving_K):
         """Share of gates that are open without noise, by module, mean over members."""
-        return [float(jnp.mean(stretched(gate["alpha"], gates) > 0)) for gate in parts_K["gates"]]
+        return list(map(float, open_share(moving_K["modules"])))
 
     trained = _train(objective, trainable, learners, parts, config, config.epochs, density=density, **loop)
     settle = jax.jit(lambda module: difference(layout, gates, module))
@@ -204,20 +208,26 @@ def _train(
         Batches((Stream(one.examples, min(config.batch_size, len(one.examples))),), epochs, one.seed)
         for one in learners
     ))  # fmt: skip
-    keys = [jax.random.key(one.seed) for one in learners]
-    state, frozen = lifted.init(keys, parts[0] | stack([{name: part[name] for name in own} for part in parts]))
+    own_K = jax.tree.map(lambda *x: np.stack(x), *({name: part[name] for name in own} for part in parts))
+    key_K = jnp.stack([jax.random.key(one.seed) for one in learners])
+    state, frozen = jax.jit(lifted.init)(key_K, parts[0] | own_K)
     rate_K = np.full(len(learners), config.learning_rate, np.float32)
     state = set_schedule(state, learning_rate=rate_K, total=np.asarray([one.steps for one in batches.members]))
     loop["log"] = log
 
-    def watch(done, parts_K):
-        log(done, {"density": density(parts_K)})
+    def watch(done, moving_K):
+        log(done, {"density": density(moving_K)})
         return False
 
     if density is not None:
         loop |= {"evaluate": watch, "evaluate_every": batches.steps // epochs}
     with Checkpoints(checkpoints) if checkpoints else contextlib.nullcontext() as store:
-        outcome = fit(lifted, state, frozen, batches, checkpoints=store, **loop)
+        outcome = fit(lifted._replace(combine=_moving), state, frozen, batches, checkpoints=store, **loop)
     moving_K = outcome.state.trainable
-    both_K = jax.tree.map(np.asarray, (lifted.combine(frozen, moving_K), moving_K))
+    both_K = jax.tree.map(np.asarray, (jax.jit(lifted.combine)(frozen, moving_K), moving_K))
     return [member(both_K, k) for k in range(len(learners))]
+
+
+def _moving(frozen, moving, key=None):
+    """Give what is looked at while training: gates, for which no model need be put together."""
+    return moving

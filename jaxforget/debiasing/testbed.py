@@ -94,11 +94,14 @@ def gaps(
     """Return eo_max and demographic_parity, the largest over classes, each against the rest; null without examples."""
     known_N = group_N >= 0
     found = [
-        jax.device_get(group_metrics(predicted_N[known_N] == c, label_N[known_N] == c, group_N[known_N], groups))
+        jax.device_get(_group_metrics(predicted_N[known_N] == c, label_N[known_N] == c, group_N[known_N], groups))
         for c in (range(classes) if classes > 2 else [1])
     ]
     worst = {name: max(float(one[name]) for one in found) for name in ("eo_max", "demographic_parity")}
     return {name: value if np.isfinite(value) else None for name, value in worst.items()}
+
+
+_group_metrics = jax.jit(group_metrics, static_argnums=3)
 
 
 def measured(

@@ -155,7 +155,7 @@ def train(trainable, parts, steps=12, seed=0):
     optimizer = grouped(module_groups(1, **RATES), OptimizerConfig(schedule="constant", warmup=0.0))
     step = make_step(switched_on(classification(MODEL)), trainable, mean_gradient(), optimizer)
     batches = Batches((Stream(examples(), 32),), 8, seed)
-    state, frozen = step.init(KEY, parts)
+    state, frozen = jax.jit(step.init)(KEY, parts)
     state = set_schedule(state, learning_rate=0.02, total=steps)
     state, metrics = make_run(step)(state, frozen, batches.take(0, steps, steps), steps)
     return step, state, frozen, metrics["loss"]

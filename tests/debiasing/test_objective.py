@@ -53,19 +53,20 @@ def step_of(objective, trainable, modules, gradient=None, noise=None):
 
 
 def train(step, parts, batches, key=KEY, steps=12, prepare=lambda state: state):
-    state, frozen = step.init(key, parts)
+    state, frozen = jax.jit(step.init)(key, parts)
     state = prepare(set_schedule(state, learning_rate=0.01, total=steps))
     state, metrics = make_run(step)(state, frozen, batches.take(0, steps, steps), steps)
-    return step.combine(frozen, state.trainable), state, metrics
+    return jax.jit(step.combine)(frozen, state.trainable), state, metrics
 
 
 @pytest.mark.parametrize("name", ["small", *FAMILIES_OF])
 def test_the_pooled_state_and_the_head_are_the_model(name):
     model, params = classifier(name)
     batch = batch_of(6) | {"length": jnp.asarray([8, 5, 3, 8, 1, 2])}
-    x_BD = model.pooled(params, batch)
+    x_BD = jax.jit(model.pooled)(params, batch)
     assert x_BD.shape == (6, 16)
-    np.testing.assert_allclose(model.classify(params, x_BD), model.batch_logits(params, batch), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(model.classify(params, x_BD), jax.jit(model.batch_logits)(params, batch), rtol=1e-6,
+                               atol=1e-6)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- removals
@@ -90,8 +91,8 @@ def test_adversaries_descend_what_the_representation_climbs():
     def plain(x, heads):
         return -jnp.mean(jnp.take_along_axis(head_logp(heads, x, KEY), y_B[None, :, None], 2)[..., 0], axis=0).sum()
 
-    expected = jax.grad(plain, (0, 1))(x_BD, heads)
-    found = jax.grad(lambda x, heads: adversarial(x, y_B, w_B, heads, 2.0, KEY).sum(), (0, 1))(x_BD, heads)
+    expected = jax.jit(jax.grad(plain, (0, 1)))(x_BD, heads)
+    found = jax.jit(jax.grad(lambda x, heads: adversarial(x, y_B, w_B, heads, 2.0, KEY).sum(), (0, 1)))(x_BD, heads)
     chex.assert_trees_all_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found[0], -2.0 * expected[0], rtol=1e-5, atol=1e-7)
 
@@ -101,15 +102,14 @@ def test_information_is_zero_where_heads_cannot_tell_and_bounded_by_log_classes(
     blind = jax.tree.map(jnp.zeros_like, heads)
     np.testing.assert_allclose(information(x_BD, y_B, w_B, blind, 1.0, KEY), np.log(3), rtol=1e-6)  # the heads' loss
     sure = jax.tree.map(lambda x: 100.0 * x, heads)
-    both = information(x_BD, y_B, w_B, sure, 1.0, None) - information(x_BD, y_B, w_B, sure, 0.0, None)
+    one = jax.jit(lambda scale: information(x_BD, y_B, w_B, sure, scale, None))
+    both = one(1.0) - one(0.0)
     assert (both >= 0).all() and (both <= np.log(3) + 1e-5).all() and both.max() > 0.9
 
-    def model_side(scale):
-        return jax.grad(lambda x: information(x, y_B, w_B, heads, scale, KEY).sum())(x_BD)
-
-    assert float(jnp.abs(model_side(0.0)).max()) == 0 and float(jnp.abs(model_side(1.0)).max()) > 0
-    grads = [jax.grad(lambda h, s=s: information(x_BD, y_B, w_B, h, s, KEY).sum())(heads) for s in (0.0, 3.0)]
-    chex.assert_trees_all_equal(*grads)  # heads learn to predict, whatever the model wants
+    both_sides = jax.jit(jax.grad(lambda x, h, scale: information(x, y_B, w_B, h, scale, KEY).sum(), (0, 1)))
+    (still, learning), (moved, same) = both_sides(x_BD, heads, 0.0), both_sides(x_BD, heads, 3.0)
+    assert float(jnp.abs(still).max()) == 0 and float(jnp.abs(moved).max()) > 0
+    chex.assert_trees_all_equal(learning, same)  # heads learn to predict, whatever the model wants
 
 
 def test_mmd_by_pairs():
@@ -120,30 +120,31 @@ def test_mmd_by_pairs():
     kernel = sum(np.exp(-square / (2 * f * median)) for f in (0.25, 0.5, 1, 2, 4))
     mean = lambda a, b: kernel[np.ix_(y == a, y == b)].mean()  # noqa: E731
     expected = sum(mean(a, a) + mean(b, b) - 2 * mean(a, b) for a in range(3) for b in range(a + 1, 3))
-    np.testing.assert_allclose(mmd(x_BD, y_B, w_B, heads, 2.0, KEY), 2 * expected, rtol=1e-4)
-    np.testing.assert_allclose(mmd(x_BD[:2].repeat(2, 0), jnp.asarray([0, 1, 0, 1]), jnp.ones(4), heads, 1.0, KEY),
-                               mmd(x_BD[:2].repeat(2, 0), jnp.asarray([1, 0, 1, 0]), jnp.ones(4), heads, 1.0, KEY),
-                               rtol=1e-5)  # fmt: skip
-    same = jnp.tile(x_BD[:2], (2, 1))  # both classes have the same two rows
-    np.testing.assert_allclose(mmd(same, jnp.asarray([0, 0, 1, 1]), jnp.ones(4), heads, 1.0, KEY), 0, atol=1e-6)
-    np.testing.assert_array_equal(mmd(x_BD[:3], jnp.asarray([0, 0, 1]), jnp.ones(3), heads, 1.0, KEY), 0)
+    distance = jax.jit(lambda x, y, scale: mmd(x, y, jnp.ones(len(y)), heads, scale, KEY))
+    np.testing.assert_allclose(distance(x_BD, y_B, 2.0), 2 * expected, rtol=1e-4)
+    twice, same = x_BD[:2].repeat(2, 0), jnp.tile(x_BD[:2], (2, 1))
+    one, other = (distance(twice, jnp.asarray(y), 1.0) for y in ([0, 1, 0, 1], [1, 0, 1, 0]))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    np.testing.assert_allclose(distance(same, jnp.asarray([0, 0, 1, 1]), 1.0), 0, atol=1e-6)  # the same two rows
+    np.testing.assert_array_equal(distance(x_BD[:3], jnp.asarray([0, 0, 1]), 1.0), 0)  # one row of a class
 
 
 @each_removal
 def test_rows_of_unknown_attribute_teach_the_task_alone(name):
     config = RemovalConfig(removal=name)
-    objective = debiasing(MODEL, config, ((0,),), gates=None)
+    objective = jax.jit(debiasing(MODEL, config, ((0,),), gates=None))
+    logits = jax.jit(MODEL.batch_logits)
     parts, batch = parts_of(config), batch_of(16)
     half = batch | {"attributes": batch["attributes"].at[:8].set(-1)}
     found = objective(parts, half, KEY)
-    task = nll(MODEL.batch_logits(PARAMS, batch), batch["label"])
+    task = nll(logits(PARAMS, batch), batch["label"])
     if not REMOVALS[name].couples:
         np.testing.assert_allclose(found[:8], task[:8], rtol=1e-6)
         np.testing.assert_allclose(found[8:], objective(parts, batch, KEY)[8:], rtol=1e-5)
 
     def gradient(rows):
         changed = half | {"tokens": half["tokens"].at[rows].set(9)}
-        return objective(parts, changed, KEY)[8:] - nll(MODEL.batch_logits(PARAMS, changed), batch["label"])[8:]
+        return objective(parts, changed, KEY)[8:] - nll(logits(PARAMS, changed), batch["label"])[8:]
 
     np.testing.assert_allclose(gradient(slice(0, 8)), gradient(slice(0, 0)), atol=1e-6)
 
@@ -151,7 +152,7 @@ def test_rows_of_unknown_attribute_teach_the_task_alone(name):
 @each_removal
 def test_what_couples_rows_says_so(name):
     config = RemovalConfig(removal=name)
-    objective = debiasing(MODEL, config, ((0,),), gates=None)
+    objective = jax.jit(debiasing(MODEL, config, ((0,),), gates=None))
     batch = batch_of() | {"attributes": jnp.asarray([[0, 0], [1, 1]] * 8)}
     others = {n: x.at[2:].set(x[2:][::-1]) if n == "attributes" else x for n, x in batch.items()}
     among = [float(objective(parts_of(config), rows, KEY)[0]) for rows in (batch, others)]
@@ -163,7 +164,7 @@ def test_classes_weigh_alike():
     parts = parts_of() | {"adversary": jax.tree.map(jnp.zeros_like, parts_of()["adversary"])}
     batch = batch_of(16) | {"attributes": jnp.asarray([[0, 0]] * 4 + [[0, 1]] * 12)}  # attribute 1: 4 and 12 of 16
     objective = debiasing(MODEL, RemovalConfig(), ((1,),), gates=None)
-    grads = jax.grad(lambda parts: objective(parts, batch, KEY).sum())(parts)["adversary"]
+    grads = jax.jit(jax.grad(lambda parts: objective(parts, batch, KEY).sum()))(parts)["adversary"]
     np.testing.assert_allclose(grads[1]["down"]["bias"], 0, atol=1e-5)
     chex.assert_trees_all_equal(grads[0], jax.tree.map(jnp.zeros_like, grads[0]))  # not its attribute
 
@@ -179,7 +180,7 @@ def test_settings_are_refused(setting):
 
 def gradients(objective, trainable, parts, batch):
     moving, frozen = trainable.init(KEY, parts)
-    return jax.grad(lambda moving: objective(trainable.combine(frozen, moving, KEY), batch, KEY).sum())(moving)
+    return jax.jit(jax.grad(lambda moving: objective(trainable.combine(frozen, moving, KEY), batch, KEY).sum()))(moving)
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["shared head", "frozen head"])
@@ -188,7 +189,7 @@ def test_a_core_beside_its_modules_learns_its_own_loss_alone(head):
     objective = debiasing(MODEL, RemovalConfig(), ((0,), (1,)), core=True, gates=GATES)
     batch = batch_of()
     found = gradients(objective, trainable, parts_of(), batch)
-    task = jax.grad(lambda params: nll(MODEL.batch_logits(params, batch), batch["label"]).sum())(PARAMS)
+    task = jax.jit(jax.grad(lambda params: nll(MODEL.batch_logits(params, batch), batch["label"]).sum()))(PARAMS)
     backbone = {name: part for name, part in task.items() if name not in ("pool", "score")}
     chex.assert_trees_all_close({n: found["model"][n] for n in backbone}, backbone, rtol=1e-4, atol=1e-6)
     # The modules start at 0, so each adds one more gradient of the same loss to a shared head.
@@ -203,7 +204,7 @@ def test_one_module_for_both_attributes_and_the_whole_model():
     objective = debiasing(MODEL, RemovalConfig(), ((0, 1),), gates=None)
     merged = gradients(objective, gated(LAYOUT, GATES, 1, ("adversary/.*",)), parts_of(), batch)
     assert all(float(jnp.abs(heads["down"]["bias"]).max()) > 0 for heads in merged["adversary"])
-    whole = jax.grad(lambda parts: objective(parts, batch, KEY).sum())(parts_of())
+    whole = jax.jit(jax.grad(lambda parts: objective(parts, batch, KEY).sum()))(parts_of())
     assert float(jnp.abs(whole["model"]["score"]["kernel"]).max()) > 0
 
 
@@ -218,7 +219,7 @@ def test_modules_of_two_attributes_train_side_by_side_over_a_frozen_core():
         return stacked | {"attributes": stacked["attributes"][..., j : j + 1]}
 
     parts = parts_of(attributes=1)
-    alone = [step.init(jax.random.fold_in(KEY, j), parts) for j in range(2)]
+    alone = [jax.jit(step.init)(jax.random.fold_in(KEY, j), parts) for j in range(2)]
     taken = batches.take(0, 6, 6)
     both = stack([only(j, taken) for j in range(2)])
     run = make_run(members(step, "map"))
@@ -228,7 +229,8 @@ def test_modules_of_two_attributes_train_side_by_side_over_a_frozen_core():
         chex.assert_trees_all_equal(member(after.trainable, j), expected.trainable)
 
 
-def test_members_with_cores_of_their_own():
+@pytest.mark.parametrize("how", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
+def test_members_with_cores_of_their_own(how):
     """Seeds whose cores and places differ, in one program."""
     step = step_of(debiasing(MODEL, RemovalConfig(), ((0,),), gates=None), fixed(LAYOUT, 1, ("adversary/.*",)), 1)
     taken = Batches((Stream(examples(), 32),), 8, 0).take(0, 4, 4)
@@ -240,23 +242,23 @@ def test_members_with_cores_of_their_own():
     ]  # fmt: skip
     own = ("model", "modules")
     together = {**parts[0], **{name: stack([one[name] for one in parts]) for name in own}}
-    for how in ("map", "vmap"):
-        lifted = members(step, how, own)
-        state, frozen = lifted.init(jax.random.split(KEY, 2), together)
-        state = set_schedule(state, learning_rate=0.01, total=4)._replace(opt_state=jax.vmap(
-            lambda s: set_schedule(s, learning_rate=0.01, total=4).opt_state)(state))  # fmt: skip
-        after, _ = make_run(lifted)(state, frozen, stack([taken, taken]), np.asarray([4, 4], np.int32))
-        joined = lifted.combine(frozen, after.trainable)
-        for k, one in enumerate(parts):
-            expected, _, _ = train(step, one, Batches((Stream(examples(), 32),), 8, 0), jax.random.split(KEY, 2)[k], 4)
-            # Where a gradient is 0 but for rounding, as of a key's bias, Adam makes steps of it.
-            tolerance = {"atol": 0.0 if how == "map" else 1e-3, "rtol": 0.0}
-            chex.assert_trees_all_close(member(joined["on"], k), expected["on"], **tolerance)
+    lifted = members(step, how, own)
+    keys = jax.random.split(KEY, 2)
+    state, frozen = jax.jit(lifted.init)(keys, together)
+    state = set_schedule(state, learning_rate=np.full(2, 0.01, np.float32), total=np.full(2, 4))
+    after, _ = make_run(lifted)(state, frozen, stack([taken, taken]), np.asarray([4, 4], np.int32))
+    joined = jax.jit(lifted.combine)(frozen, after.trainable)
+    for k, one in enumerate(parts):
+        expected, _, _ = train(step, one, Batches((Stream(examples(), 32),), 8, 0), keys[k], 4)
+        # Where a gradient is 0 but for rounding, as of a key's bias, Adam makes steps of it.
+        tolerance = {"atol": 0.0 if how == "map" else 1e-3, "rtol": 0.0}
+        chex.assert_trees_all_close(member(joined["on"], k), expected["on"], **tolerance)
 
 
 def leaking(params, seed=5):
     """Share of the attribute's classes that the nearest class mean tells, on rows that were not trained on."""
-    found = [(MODEL.pooled(params, dict(rows.columns)), rows.columns["attributes"][:, 0])
+    pooled = jax.jit(MODEL.pooled)
+    found = [(pooled(params, dict(rows.columns)), rows.columns["attributes"][:, 0])
              for rows in (examples(400, seed), examples(400, seed + 1))]  # fmt: skip
     (x, y), (test_x, test_y) = found
     mean_CD = jnp.stack([x[y == c].mean(axis=0) for c in (0, 1)])
