@@ -5,10 +5,10 @@
     python -m benchmarks.dp_utility --model DIR --task causal --data e2e/devset.csv --test e2e/testset_w_refs.csv \
         --question-field mr --answer-field ref
 
-Privacy levels, learning rates and seeds are members of one program. Every level gets the rate that is best on the
-validation data with the first seed; the other seeds train with it alone, and the test data is read at the end. The
-epsilons do not cover this choice of a rate. The level without privacy has the same Poisson batches, no noise and no
-bound. Generated text is compared by sacrebleu (pip install sacrebleu) with all answers that a question has.
+Privacy levels, learning rates, clipping norms and seeds are members of one program. Every level gets the rate and norm
+that are best on the validation data with the first seed; the other seeds train with these alone, and the test data is
+read at the end. The epsilons do not cover this choice. The level without privacy has the same Poisson batches, no noise
+and no bound. Generated text is compared by sacrebleu (pip install sacrebleu) with all answers that a question has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -69,6 +69,8 @@ class Config:
     """Privacy levels, besides none."""
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     """Rates to choose from."""
+    clips: tuple[float, ...] = (0.1,)
+    """Clipping norms to choose from, at the levels with privacy."""
     seeds: int = 3
     """Seeds of every level."""
     prompts: int = 200
@@ -79,7 +81,7 @@ class Config:
     """Train only parameters whose path matches one of these regular expressions; see train.lm."""
     lora: LoraConfig = LoraConfig(rank=0)
     dp: PrivacyConfig = PrivacyConfig()
-    """What private members share: clip, delta, sampler, estimator."""
+    """What private members share: delta, sampler, estimator."""
     members: Members = "auto"
     """How one program trains many models; auto is map on a CPU and vmap elsewhere."""
     text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
@@ -101,8 +103,8 @@ def smoke() -> Config:
 PRESETS = {"default": default, "smoke": smoke}
 NONE = "no DP"
 FIELDS = {
-    "classification": ("name", "learning_rate", "accuracy", "macro_f1", "nll", "majority", "epsilon", "sigma"),
-    "causal": ("name", "learning_rate", "nll", "token_perplexity", "accuracy", "bleu", "chrf", "epsilon", "sigma"),
+    "classification": ("accuracy", "macro_f1", "nll", "majority"),
+    "causal": ("nll", "token_perplexity", "accuracy", "bleu", "chrf"),
 }
 
 
@@ -111,9 +113,12 @@ def run(config: Config) -> None:
     for name in ("model", "data", "test"):
         if not getattr(config, name):
             raise UserError(f"--{name} is missing")
-    if config.dp.private or not config.epsilons or not config.learning_rates or config.text.text_mode != "truncate":
-        raise UserError("--dp.epsilon and noise, an empty --epsilons or --learning-rates and --text-mode split or pack "
-                        "are no settings here; see --epsilons")  # fmt: skip
+    if config.dp.private or config.dp.clip != PrivacyConfig().clip or config.text.text_mode != "truncate":
+        raise UserError("--dp.epsilon, noise and clip and --text-mode split or pack are no settings here; see "
+                        "--epsilons and --clips")  # fmt: skip
+    for name in ("epsilons", "learning_rates", "clips"):
+        if not getattr(config, name):
+            raise UserError(f"--{name.replace('_', '-')} is empty; give one or more")
     command.at_least(1, seeds=config.seeds, prompts=config.prompts, max_new_tokens=config.max_new_tokens)
     out, records = Run("benchmarks.dp_utility", config, config.out, config.resume), load(config)
     labels = ()
@@ -130,15 +135,19 @@ def run(config: Config) -> None:
     levels = {NONE: dataclasses.replace(config.dp, noise=0.0, clip=NO_BOUND)}
     levels |= {f"ε={epsilon:g}": dataclasses.replace(config.dp, epsilon=epsilon) for epsilon in sorted(config.epsilons)}
     for level in levels.values():  # tells what cannot be reached, and keeps what can
-        private_run(level, config.train, sets["train"], 1, "record")
+        for clip in config.clips:
+            private_run(dataclasses.replace(level, clip=clip), config.train, sets["train"], 1, "record")
     moving = moving_parts(config.trainable, with_head(config.lora, start.model))
     moving.init(jax.random.key(0), {"model": start.params(0)})  # tells a pattern without match
     out.begin()
-    tried = [(level, rate, 0) for level in levels for rate in config.learning_rates]
+    clips = {level: (NO_BOUND,) if level == NONE else config.clips for level in levels}
+    tried = [Member(level, rate, clip, 0)
+             for level in levels for rate in config.learning_rates for clip in clips[level]]  # fmt: skip
     found = cell(config, out, start, sets, records, levels, "first seed", tried)
     best = {level: min((row for row in found if row["level"] == level), key=lambda row: row["validation_nll"])
             for level in levels}  # fmt: skip
-    more = [(level, best[level]["learning_rate"], seed) for level in levels for seed in range(1, config.seeds)]
+    more = [Member(level, best[level]["learning_rate"], best[level]["clip"] or NO_BOUND, seed)
+            for level in levels for seed in range(1, config.seeds)]  # fmt: skip
     others = cell(config, out, start, sets, records, levels, "other seeds", more) if more else []
     finish(config, out, start, sets, records, tried=found, chosen=[*best.values(), *others])
 
@@ -161,7 +170,14 @@ def load(config: Config) -> dict[str, list[Record]]:
     return sets | {"test": read(config.test, text)}
 
 
-Member = tuple[str, float, int]  # level, learning rate, seed
+class Member(NamedTuple):
+    """A model to be trained."""
+
+    level: str
+    learning_rate: float
+    clip: float
+    seed: int
+
 
 
 def cell(
@@ -177,25 +193,30 @@ def cell(
 
 def trained(config: Config, out: Run, start, sets, records, levels, name, wanted) -> list[dict[str, Any]]:
     """Train members side by side and score every one."""
-    runs = [private_run(levels[level], config.train, sets["train"], 1 + seed, "record") for level, _, seed in wanted]
+    runs = [
+        private_run(dataclasses.replace(levels[one.level], clip=one.clip), config.train, sets["train"], 1 + one.seed,
+                    "record")
+        for one in wanted
+    ]  # fmt: skip
     objective, parts = objective_for(config.task, start.model, None), {"model": start.params(0)}
     moving = moving_parts(config.trainable, with_head(config.lora, start.model))
     step, states, frozen, batches = private_members(
-        runs, [rate for _, rate, _ in wanted], objective, moving, parts, config.dp.estimator
+        runs, [one.learning_rate for one in wanted], objective, moving, parts, config.dp.estimator
     )
     with command.progress(name) as show:
         outcome = fit(members(step, config.members), states, frozen, batches,
                       log=lambda step, metrics: out.log(name, step, metrics),
                       resumed=lambda step: out.rewind(name, step), show=show)  # fmt: skip
     rows = []
-    for k, ((level, rate, seed), one) in enumerate(zip(wanted, runs, strict=True)):
+    for k, (one, private) in enumerate(zip(wanted, runs, strict=True)):
         params = jax.tree.map(np.asarray, merge(step.combine(frozen, member(outcome.state.trainable, k))["model"]))
-        rows.append({"name": f"{level}, rate {rate:g}", "level": level, "learning_rate": rate, "seed": seed,
+        clipped = f", clip {one.clip:g}" if one.level != NONE else ""
+        rows.append({"name": f"{one.level}, rate {one.learning_rate:g}{clipped}", **one._asdict(),
                      **{f"validation_{field}": value for field, value in
                         scores(config, start, params, sets["validation"]).items()},
                      **scores(config, start, params, sets["test"], records["test"]),
-                     **one.mechanism.row()})  # fmt: skip
-        command.say(f"{name}: scored {rows[-1]['name']}, seed {seed}, {k + 1} of {len(wanted)}")
+                     **private.mechanism.row(), "clip": one.clip if clipped else None})  # fmt: skip
+        command.say(f"{name}: scored {rows[-1]['name']}, seed {one.seed}, {k + 1} of {len(wanted)}")
     return rows
 
 
@@ -232,7 +253,7 @@ def finish(config: Config, out: Run, start: Start, sets, records, tried, chosen)
     before = scores(config, start, start.params(0), sets["test"], records["test"])
     by_seed = [[{**row, "name": row["level"]} for row in chosen if row["seed"] == seed] for seed in range(config.seeds)]
     rows = [{"name": "before fine-tuning", **before}, *over_seeds(by_seed)]
-    document = out.finish(rows, rates_tried=tried, by_seed=by_seed)
+    document = out.finish(rows, tried=tried, by_seed=by_seed)
     field, label = ("accuracy", "test accuracy (%)") if config.task == "classification" else ("nll", "test loss (nats)")
 
     def draw(axes):
@@ -240,13 +261,14 @@ def finish(config: Config, out: Run, start: Start, sets, records, tried, chosen)
                       [row.get(f"{field}_ci95", 0.0) for row in rows], fmt="o", capsize=3)  # fmt: skip
         axes.set(ylabel=label)
 
-    fields = FIELDS[config.task]
+    shown = FIELDS[config.task]
+    fields = ("name", "learning_rate", "clip", *shown, "epsilon", "sigma")
     sections = [
         ("Utility", f"Test data; means and 95 % intervals over {config.seeds} seeds. The unit of privacy is a record; "
-         "the choice of the rate is not covered by epsilon.",
+         "the choice of rate and norm is not covered by epsilon.",
          f"<div class='plots'>{figure(draw)}</div>{table(rows, fields)}"),
-        ("Rates tried", "First seed. The rate with the least validation loss was taken.",
-         table(tried, ("name", "validation_nll", "validation_accuracy", *fields[2:]))),
+        ("Settings tried", "First seed. What has the least validation loss was taken.",
+         table(tried, ("name", "validation_nll", "validation_accuracy", *shown))),
     ]  # fmt: skip
     write_page(out.directory / "report.html", "What privacy costs in utility",
                f"{config.model}, {config.data}, {document['device']}.", sections, document["config"])  # fmt: skip

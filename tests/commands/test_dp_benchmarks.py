@@ -30,23 +30,24 @@ UTILITY = (*FEW, "--validation", "dev.jsonl", "--text-field", "text", "--epsilon
 
 
 @pytest.mark.slow
-def test_every_level_takes_the_rate_that_validation_prefers(home, in_process, monkeypatch):
+def test_every_level_takes_the_settings_that_validation_prefers(home, in_process, monkeypatch):
     monkeypatch.chdir(home)
-    out = in_process(benchmarks.dp_utility, "out", *UTILITY).out
+    flags = (*UTILITY, "--clips", 0.1, 2)
+    out = in_process(benchmarks.dp_utility, "out", *flags).out
     document = running.results(out)
-    tried, first, second = document["rates_tried"], *document["by_seed"]
-    assert len(tried) == 4 and [row["name"] for row in document["results"]] == ["before fine-tuning", "no DP", "ε=8"]
+    tried, first, second = document["tried"], *document["by_seed"]
+    assert len(tried) == 2 + 2 * 2 and [row["name"] for row in document["results"]] == ["before fine-tuning", "no DP", "ε=8"]
     for level in ("no DP", "ε=8"):
         best = min((row for row in tried if row["level"] == level), key=lambda row: row["validation_nll"])
         mine = [row for row in (*first, *second) if row["level"] == level]
         assert [row["seed"] for row in mine] == [0, 1]
-        assert {row["learning_rate"] for row in mine} == {best["learning_rate"]}
+        assert {(row["learning_rate"], row["clip"]) for row in mine} == {(best["learning_rate"], best["clip"])}
         assert mine[0]["accuracy"] == best["accuracy"]
     private = running.row(out, "ε=8")
     assert private["epsilon"] <= 8 and private["sigma"] > 0 and private["population"] == 60 == 20 * 3
     (out / "results.json").unlink()
     (out / "cell-other-seeds.json").unlink()
-    again = running.results(in_process(benchmarks.dp_utility, "out", *UTILITY, "--resume").out)
+    again = running.results(in_process(benchmarks.dp_utility, "out", *flags, "--resume").out)
     assert again["results"] == document["results"]
 
 
@@ -90,6 +91,7 @@ def test_bias_of_levels_with_and_without_counterfactuals(home, in_process, monke
 @pytest.mark.parametrize("module, flags, said", [
     (benchmarks.dp_utility, ("--data", "train.jsonl", "--test", "test.jsonl"), "--model is missing"),
     (benchmarks.dp_utility, (*UTILITY, "--dp.epsilon", 1), "see --epsilons"),
+    (benchmarks.dp_utility, (*UTILITY, "--dp.clip", 1), "see --epsilons and --clips"),
     (benchmarks.dp_utility, (*FEW, "--label-field", "none"), "none"),
     (benchmarks.dp_utility, (*UTILITY, "--dp.delta", 0.5), "it must be below 1/N"),
     (benchmarks.dp_utility, (*UTILITY, "--trainable", "none/.*"), "pattern 'none/.*' matches no parameter"),
