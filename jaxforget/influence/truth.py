@@ -55,8 +55,9 @@ class TruthConfig:
 
     def __post_init__(self):
         for field, low in (("seeds", 1), ("subsets", 0), ("width", 0), ("checkpoint_every", 0)):
-            if getattr(self, field) < low:
-                raise UserError(f"--truth.{field} is {getattr(self, field)}; it must be at least {low}")
+            value = getattr(self, field)
+            if value < low:
+                raise UserError(f"--retrain.{field.replace('_', '-')} is {value}; it must be at least {low}")
 
 
 @dataclasses.dataclass(frozen=True)
