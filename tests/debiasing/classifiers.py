@@ -1,8 +1,11 @@
-"""A tiny encoder with a classification head, and examples whose tokens tell a label and two attributes."""
+"""Small classifiers, and examples whose tokens tell a label and two attributes."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.data.sampling import id_keys
@@ -37,6 +40,54 @@ def classifier(name="small", seed=1):
     raw = SMALL if name == "small" else FAMILIES_OF[name]
     model = build(FAMILIES[raw["model_type"]].Config.from_hf(raw))
     return model, jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A classifier that compiles in no time: the mean of embeddings, two stacked blocks, and a head of two layers."""
+
+    head: bool = True
+    width: int = 16
+    config = SimpleNamespace(stacks={"blocks": 2})
+
+    @property
+    def headless(self):
+        return dataclasses.replace(self, head=False)
+
+    def init(self, key):
+        d = self.width
+        shapes = {"embed": {"table": (24, d)}, "blocks": {"mlp": {"kernel": (2, d, d), "bias": (2, d)}}}
+        if self.head:
+            shapes |= {"pool": {"kernel": (d, d), "bias": (d,)}, "score": {"kernel": (d, 2), "bias": (2,)}}
+        leaves, treedef = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
+        keys = jax.random.split(key, len(leaves))
+        return treedef.unflatten(0.3 * jax.random.normal(k, shape) for k, shape in zip(keys, leaves, strict=True))
+
+    def shapes(self):
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def pooled(self, params, batch):
+        x_BTD = params["embed"]["table"][batch["tokens"]]
+        real_BT = jnp.arange(x_BTD.shape[1])[None] < batch["length"][:, None]
+        x_BD = jnp.sum(jnp.where(real_BT[..., None], x_BTD, 0.0), axis=1) / 3.0
+        for layer in range(2):
+            x_BD = x_BD + jnp.tanh(_dense(jax.tree.map(lambda x, i=layer: x[i], params["blocks"]["mlp"]), x_BD))
+        return x_BD
+
+    def classify(self, params, x_BD):
+        return _dense(params["score"], jnp.tanh(_dense(params["pool"], x_BD)))
+
+    def batch_logits(self, params, batch):
+        return self.classify(params, self.pooled(params, batch))
+
+
+def _dense(layer, x_BD):
+    return x_BD @ layer["kernel"] + layer["bias"][None]
+
+
+@functools.cache
+def toy(seed=1):
+    return Toy(), jax.tree.map(np.asarray, Toy().init(jax.random.key(seed)))
 
 
 def examples(count=96, seed=0) -> Examples:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from classifiers import classifier, examples
+from classifiers import examples, toy
 from scipy.special import expit
 
 from jaxforget.debiasing.differences import (
@@ -29,7 +29,7 @@ from jaxforget.training.optimizer import OptimizerConfig, set_schedule
 from jaxforget.training.step import make_run, make_step
 from jaxforget.training.trainable import path_str
 
-MODEL, PARAMS = classifier()
+MODEL, PARAMS = toy()
 LAYOUT = layout_of(MODEL)
 KEY = jax.random.key(3)
 PLAIN, STRUCTURED = GateConfig(), GateConfig(structured=True)
@@ -186,10 +186,10 @@ def test_a_fixed_difference_moves_only_its_places_and_has_small_state():
 
 
 def test_an_ensemble_shares_a_difference():
-    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), PARAMS, classifier(seed=2)[1])
+    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), PARAMS, toy(2)[1])
     vector_N = numbers(8)
     both = LAYOUT.add(stacked, vector_N)
-    for k, own in enumerate((PARAMS, classifier(seed=2)[1])):
+    for k, own in enumerate((PARAMS, toy(2)[1])):
         chex.assert_trees_all_equal(jax.tree.map(lambda x, k=k: x[k], both), LAYOUT.add(own, vector_N))
 
 

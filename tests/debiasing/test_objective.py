@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from classifiers import FAMILIES_OF, classifier, examples
+from classifiers import FAMILIES_OF, classifier, examples, toy
 
 from jaxforget.debiasing.differences import fixed, gated, layout_of, sparse
 from jaxforget.debiasing.gates import GateConfig
@@ -26,7 +26,7 @@ from jaxforget.training.optimizer import OptimizerConfig, set_schedule
 from jaxforget.training.step import make_run, make_step
 from jaxforget.training.trainable import subset
 
-MODEL, PARAMS = classifier()
+MODEL, PARAMS = toy()
 LAYOUT = layout_of(MODEL)
 GATES = GateConfig()
 KEY = jax.random.key(3)
@@ -229,14 +229,15 @@ def test_modules_of_two_attributes_train_side_by_side_over_a_frozen_core():
         chex.assert_trees_all_equal(member(after.trainable, j), expected.trainable)
 
 
-@pytest.mark.parametrize("how", ["map", pytest.param("vmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["map", "vmap"])
 def test_members_with_cores_of_their_own(how):
     """Seeds whose cores and places differ, in one program."""
     step = step_of(debiasing(MODEL, RemovalConfig(), ((0,),), gates=None), fixed(LAYOUT, 1, ("adversary/.*",)), 1)
     taken = Batches((Stream(examples(), 32),), 8, 0).take(0, 4, 4)
     rng = np.random.default_rng(0)
     parts = [
-        parts_of(attributes=1) | {"model": classifier(seed=s)[1],
+        parts_of(attributes=1) | {"model": toy(s)[1],
                                   "modules": [sparse(0.01 * rng.normal(size=LAYOUT.size), 0.02)]}
         for s in (1, 2)
     ]  # fmt: skip
@@ -273,15 +274,15 @@ def leaky():
     def tells(parts, batch, key):
         x_BD = MODEL.pooled(parts["model"], batch)
         task_B = nll(MODEL.classify(parts["model"], x_BD), batch["label"])
-        return task_B + nll(10.0 * x_BD[:, :2], batch["attributes"][:, 0])
+        return task_B + nll(x_BD[:, :2], batch["attributes"][:, 0])
 
     batches = Batches((Stream(examples(400), 50),), 40, 0)
-    parts, _, _ = train(step_of(tells, subset("model/.*"), 1), parts_of(), batches, steps=320)
+    parts, _, _ = train(step_of(tells, subset("model/.*"), 1), parts_of(), batches, steps=160)
     return jax.tree.map(np.asarray, parts["model"])
 
 
 def test_a_module_takes_out_what_the_core_tells_and_keeps_the_task(leaky):
-    assert leaking(leaky) > 0.8
+    assert leaking(leaky) > 0.85  # an attribute that is told right in nine of ten rows
     rows = Batches((Stream(examples(400), 50),), 40, 0)
     config = RemovalConfig(removal="information", scale=3.0)
     step = step_of(debiasing(MODEL, config, ((0,),), gates=GATES), gated(LAYOUT, GATES, 1, ("adversary/.*",)), 1)
@@ -289,8 +290,9 @@ def test_a_module_takes_out_what_the_core_tells_and_keeps_the_task(leaky):
     chex.assert_trees_all_equal(parts["model"], leaky)  # the core, head included, is what it was
     on = parts["on"][0]
     held_out = dict(examples(400, 7).columns)
-    accuracy = [float((MODEL.batch_logits(p, held_out).argmax(-1) == held_out["label"]).mean()) for p in (leaky, on)]
-    assert leaking(on) < leaking(leaky) - 0.15 and accuracy[1] > accuracy[0] - 0.05, (leaking(on), accuracy)
+    logits = jax.jit(MODEL.batch_logits)
+    accuracy = [float((logits(p, held_out).argmax(-1) == held_out["label"]).mean()) for p in (leaky, on)]
+    assert leaking(on) < 0.65 and accuracy[1] > accuracy[0] - 0.05, (leaking(on), accuracy)
 
 
 # --------------------------------------------------------------------------- with ensembles and with privacy
@@ -304,11 +306,10 @@ def test_a_module_shared_by_an_ensemble():
     found = gradients(over_members(plain), trainable, parts_of() | one, batch_of())
     expected = gradients(plain, trainable, parts_of(), batch_of())
     chex.assert_trees_all_close(found["modules"], expected["modules"], rtol=1e-4, atol=1e-6)
-    cores = stack([classifier(seed=s)[1] for s in (1, 2, 3)])
-    heads = jax.tree.map(lambda x: jnp.stack([x] * 3), parts_of()["adversary"])
-    step = step_of(over_members(plain), trainable, 1)
+    cores = stack([toy(s)[1] for s in (1, 2, 3)])
+    task = over_members(debiasing(MODEL, RemovalConfig(), ((),), gates=GATES))
     batches = Batches((Stream(examples(), 32),), 8, 0)
-    parts, state, metrics = train(step, parts_of() | {"model": cores, "adversary": heads}, batches, steps=24)
+    parts, state, metrics = train(step_of(task, gated(LAYOUT, GATES), 1), {"model": cores}, batches, steps=24)
     assert state.trainable["modules"][0]["w"].shape == (LAYOUT.size,)
     chex.assert_trees_all_equal(parts["model"], cores)
     assert float(metrics["loss"][-4:].mean()) < float(metrics["loss"][:4].mean())
