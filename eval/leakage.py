@@ -27,6 +27,7 @@ from jaxforget.metrics.leakage import AttackConfig
 from jaxforget.models import hub
 from jaxforget.models.adapters import digest
 from jaxforget.report.run import Run
+from jaxforget.training.start import require_classifier
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,7 @@ def run(config: Config) -> None:
     command.at_least(1, seeds=config.seeds)
     out = Run("eval.leakage", config, config.out, False)
     model, params = hub.load(config.model)
-    if model.config.head != "classification":
-        raise UserError(f"{config.model} has a {model.config.head} head; a classifier is needed")
+    require_classifier(model, config.model)
     params, _, modules = with_required(params, load_modules(config.modules, digest(params)))
     sets, names, text = read_sets(config.sets, config.text)
     vocabulary = tokenizer = None

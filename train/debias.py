@@ -36,7 +36,7 @@ from jaxforget.models.adapters import digest
 from jaxforget.report.page import figure, table
 from jaxforget.report.run import Run, plain
 from jaxforget.training.ensemble import Members
-from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from, tokenizer_files
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_classifier, start_from, tokenizer_files
 
 TASK = "task"  # the module that is the task itself
 
@@ -187,12 +187,15 @@ def start_of(config: Config, sets, text: TextConfig) -> tuple[Start, dict[str, i
     if not config.sets.token_ids:
         name = config.core or config.model
         start = start_from(
-            name, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute, head="classification",
-            labels=labels, tell=command.say, texts=tokenizer_texts(sets["train"], text),
+            name, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute, tell=command.say,
+            head=None if config.core else "classification", labels=() if config.core else labels,
+            texts=tokenizer_texts(sets["train"], text),
         )  # fmt: skip
+        require_classifier(start.model, name or "the model")
         return start, None
     if config.core:
-        model, params = hub.load(config.core, head="classification", labels=labels, tell=command.say)
+        model, params = hub.load(config.core)
+        require_classifier(model, config.core)
         vocabulary = read_vocabulary(hub.resolve(config.core) / TOKENS)
         return tokens_start(config.compute.apply(model), lambda seed: params, vocabulary), vocabulary
     vocabulary = token_vocabulary(sets["train"], config.size.vocab_size)

@@ -46,6 +46,10 @@ class DataConfig:
     records: int = 3000
     """Generated reviews."""
 
+    def __post_init__(self):
+        if self.records < 1:
+            raise UserError(f"--records is {self.records}; it must be at least 1")
+
 
 def read_sets(
     config: DataConfig, text: TextConfig
@@ -64,13 +68,11 @@ def read_sets(
         if config.valid or config.test or config.token_ids:
             raise UserError("--valid, --test and --token-ids need --data")
         records, attributes = generated(config.records, config.split_seed), attributes or ("coast", "guild")
-    names = attribute_names(records, attributes, config.unknown)
     if config.test:
         sets = {"train": records} | {name: read(getattr(config, name), text) for name in ("valid", "test")}
-        for name in ("valid", "test"):
-            attribute_names(sets[name], attributes, config.unknown)
     else:
         sets = split_by_content(records, config.split, config.split_seed)
+    names = attribute_names([record for part in sets.values() for record in part], attributes, config.unknown)
     if config.known and not config.balance:
         sets = {name: [r for r in part if all(str(r.fields[a]) in v for a, v in names.items())]
                 for name, part in sets.items()}  # fmt: skip
@@ -79,6 +81,10 @@ def read_sets(
     for name, part in sets.items():
         if not part:
             raise UserError(f"the {name} set is empty; give more records, or other shares in --split")
+        try:  # what is missing here would be missed when attackers train, after hours
+            attribute_names(part, attributes, config.unknown)
+        except UserError as error:
+            raise UserError(f"in the {name} set {error}") from None
     return sets, names, text
 
 

@@ -69,10 +69,14 @@ class Layout(NamedTuple):
 def layout_of(model, patterns: tuple[str, ...] = (".*",)) -> Layout:
     """Lay out the parameters whose path fully matches a pattern. The head never differs: it is shared by all modules.
 
-    Raises UserError for a pattern that matches nothing.
+    Raises UserError for a pattern that matches nothing, or is none.
     """
     leaves = [(path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model.headless.shapes())]
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"gates pattern {pattern!r} is not a regular expression: {error}") from None
         if not any(re.fullmatch(pattern, path) for path, _ in leaves):
             raise UserError(f"gates pattern {pattern!r} matches no parameter; paths look like {leaves[0][0]!r}")
     chosen = sorted((path, leaf.shape) for path, leaf in leaves if any(re.fullmatch(p, path) for p in patterns))

@@ -34,10 +34,12 @@ class GateConfig:
     """Let gradients reach values behind closed gates: (1 + z) times that of the sum, as released; else z times."""
 
     def __post_init__(self):
-        if not self.low < 0:
-            raise UserError(f"gates.low is {self.low}; it must be below 0")
-        if not self.high > 1:
-            raise UserError(f"gates.high is {self.high}; it must be above 1")
+        if not -math.inf < self.low < 0:
+            raise UserError(f"gates.low is {self.low}; it must be below 0 and finite")
+        if not 1 < self.high < math.inf:
+            raise UserError(f"gates.high is {self.high}; it must be above 1 and finite")
+        if not math.isfinite(self.start):
+            raise UserError(f"gates.start is {self.start}; it must be finite")
 
 
 def stretched(alpha, config: GateConfig, u=None):

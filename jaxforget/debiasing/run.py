@@ -65,8 +65,11 @@ class ModuleConfig:
         for field, low in (("epochs", 1), ("fixed_epochs", 0), ("batch_size", 1)):
             if getattr(self, field) < low:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be at least {low}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        for field in ("learning_rate", "gate_rate", "adversary_rate", "core_rate"):
+            if not 0 < getattr(self, field) < float("inf"):
+                raise UserError(f"{field} is {getattr(self, field)}; it must be above 0 and finite")
+        if not 0 <= self.max_grad_norm < float("inf"):
+            raise UserError(f"max_grad_norm is {self.max_grad_norm}; it must be at least 0 and finite")
 
 
 class Learner(NamedTuple):

@@ -46,6 +46,8 @@ class AttackConfig:
         for field in ("heads", "epochs", "batch_size"):
             if getattr(self, field) < 1:
                 raise UserError(f"attack {field} is {getattr(self, field)}; it must be at least 1")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"attack learning_rate is {self.learning_rate}; it must be above 0 and finite")
 
 
 class Split(NamedTuple):

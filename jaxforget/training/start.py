@@ -128,6 +128,12 @@ def require_causal(model: Model, name: Any) -> None:
         raise UserError(f"{name} is {model.config.model_type} with a {model.config.head} head; a causal one is needed")
 
 
+def require_classifier(model: Model, name: Any) -> None:
+    """Raise UserError for a model without classes."""
+    if model.config.head != "classification":
+        raise UserError(f"{name} is {model.config.model_type} with a {model.config.head} head; a classifier is needed")
+
+
 def _classes(labels: tuple[str, ...]) -> dict[str, Any]:
     return {"id2label": {str(i): name for i, name in enumerate(labels)}} if labels else {}
 

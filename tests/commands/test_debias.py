@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -157,30 +158,83 @@ def test_what_says_the_same_is_dealt_to_the_same_set():
         split_by_content(records, (0.6, 0.2, 0.1), 3)
 
 
+DATA = ("--data", "ids.jsonl", *TOKENS)
+TEXT = ("--data", "ids.jsonl", "--text-field", "ids", "--attributes", "gender", *QUICK)
 REFUSED = {
     "density_0": (("--density", 0), "--density is 0.0; it must be above 0 and at most 1"),
     "density_2": (("--density", 1.5), "--density is 1.5; it must be above 0 and at most 1"),
+    "density_nan": (("--density", "nan"), "--density is nan; it must be above 0 and at most 1"),
+    "task_density": (("--task-density", "nan"), "--task-density is nan; it must be between 0, for none, and 1"),
+    "gate_rate": (("--gate-rate", "nan"), "gate_rate is nan; it must be above 0 and finite"),
+    "adversary_rate": (("--adversary-rate", -1), "adversary_rate is -1.0; it must be above 0 and finite"),
+    "clipping": (("--max-grad-norm", -1), "max_grad_norm is -1.0; it must be at least 0 and finite"),
+    "attack_rate": (("--attack.learning-rate", 0), "attack learning_rate is 0.0; it must be above 0 and finite"),
+    "start": (("--gates.start", "nan"), "gates.start is nan; it must be finite"),
+    "scale": (("--scale", "inf"), "scale is inf; it must be at least 0"),
+    "records": (("--records", 0), "--records is 0; it must be at least 1"),
+    "missing": (("--data", "nowhere.jsonl", *TOKENS), "nowhere.jsonl: no such file"),
+    "empty": (("--data", "empty.jsonl", *TOKENS), "empty.jsonl: holds no records"),
     "one_value": (("--data", "one.jsonl", *TOKENS), "attribute gender has the one value '0'; two or more"),
+    "unknown_only": (("--data", "unknown.jsonl", *TOKENS), "attribute gender has no known value; two or more"),
+    "one_value_to_test": ((*DATA, "--valid", "ids.jsonl", "--test", "one.jsonl"),
+                          "in the test set attribute gender has the one value '0'"),
     "no_field": (("--data", "ids.jsonl", *TOKENS[:3], "--attributes", "age"), "has no attribute 'age'"),
+    "no_label": (("--data", "ids.jsonl", *TOKENS, "--label-field", "class"), "field 'class' is missing"),
     "no_attributes": (("--data", "ids.jsonl", *TOKENS[:2]), "--attributes is missing"),
     "not_ids": (("--data", "words.jsonl", *TOKENS), "is not token ids separated by spaces"),
+    "split": ((*DATA, "--split", 0.5, 0.5, 0), "it must be three shares above 0 that add up to 1"),
     "pattern": ((*QUICK, "--differs", "nothing"), "pattern 'nothing' matches no parameter"),
+    "no_pattern": ((*QUICK, "--differs", "("), "pattern '(' is not a regular expression"),
     "par_core": (("--regime", "par", "--core", "x"), "--regime par trains the core beside its modules"),
+    "no_core": ((*TEXT, "--core", "./a/b/c"), "model directory ./a/b/c does not exist"),
+    "core_of_other_classes": ((*TEXT, "--core", "{core}"), "has the label '0'; known are no, yes"),
+    "core_without_token_ids": ((*DATA, "--core", "{core}"), "token_ids.json is missing"),
     "one_set": (("--data", "ids.jsonl", *TOKENS, "--test", "ids.jsonl"), "--valid and --test go together"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_in_one_sentence(name, tmp_path, monkeypatch):
+def test_refused_in_one_sentence(name, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "ids.jsonl", tokens())
     write(tmp_path / "one.jsonl", tokens(gender="0"))
+    write(tmp_path / "unknown.jsonl", tokens(gender="x"))
+    write(tmp_path / "empty.jsonl", [])
     write(tmp_path / "words.jsonl", [row | {"ids": f"{row['ids']} and words"} for row in tokens()])
     flags, message = REFUSED[name]
-    outcome = call(train.debias, *flags, "--out", tmp_path / "out")
-    assert outcome.code == 2 and message in outcome.said and "Traceback" not in outcome.said
-    assert outcome.said.strip().splitlines()[-1].startswith("error: ")
+    flags = [str(flag).format(core=home / "post/core") for flag in flags]
+    refused(call(train.debias, *flags, "--out", tmp_path / "out"), message)
     assert not (tmp_path / "out").exists()
+
+
+def refused(outcome, message):
+    """Require exit code 2 and one sentence, the last thing said."""
+    said = outcome.said.strip().splitlines()
+    assert outcome.code == 2 and message in said[-1] and said[-1].startswith("error: ")
+    assert "Traceback" not in outcome.said
+
+
+MODULES = {
+    "absent": (lambda file: file.unlink(), "does not exist"),
+    "cut": (lambda file: file.write_bytes(file.read_bytes()[:-10]), "is truncated or not a safetensors file"),
+    "no_safetensors": (lambda file: file.write_text("hello"), "is truncated or not a safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_damaged_modules_are_refused(name, home, tmp_path):
+    file = Path(shutil.copy(home / "post/modules/coast.safetensors", tmp_path))
+    MODULES[name][0](file)
+    refused(call(eval.leakage, "--model", home / "post/core", "--modules", file, "--out", tmp_path / "out"),
+            f"{file} {MODULES[name][1]}")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_resumed_with_its_settings_alone(home):
+    before = running.files(home / "post")
+    refused(call(train.debias, *QUICK, "--density", 0.06, "--export", "--out", home / "post", "--resume"),
+            "density was 0.05, now 0.06")  # fmt: skip
+    assert running.files(home / "post") == before
 
 
 def test_a_module_of_another_base_is_refused(home, tmp_path):
@@ -189,7 +243,7 @@ def test_a_module_of_another_base_is_refused(home, tmp_path):
     other = hub.save(tmp_path / "other", model, params)
     outcome = call(eval.leakage, "--model", other, "--modules", home / "post/modules/coast.safetensors",
                    "--out", tmp_path / "out")  # fmt: skip
-    assert outcome.code == 2 and "coast.safetensors was made for the base" in outcome.said
+    refused(outcome, "coast.safetensors was made for the base")
     assert not (tmp_path / "out").exists()
 
 
