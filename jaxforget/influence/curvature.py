@@ -4,7 +4,7 @@ One Newton step of ascent on a dataset. H is only met in products with vectors, 
 LiSSA sums a Neumann series; Arnoldi inverts H on the eigenvectors that matter. Sources: arXiv 1703.04730 (influence
 functions, LiSSA); arXiv 2112.03052 (Arnoldi); both as google-research/jax-influence has them. arXiv 2401.15241 states
 10 iterations of LiSSA and 25 iterations with 25 eigenvectors of Arnoldi, 256 examples each, and not scale or damping.
-K datasets, Q queries, I iterations, E eigenvectors; g_k, g_q: gradients of the mean loss a token.
+K datasets, Q queries, I iterations, E eigenvectors, P parameters; g_k, g_q: gradients of the mean loss a token.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from jaxforget.data.tokens import Examples, concatenate
 from jaxforget.influence import gradients
@@ -23,6 +24,7 @@ from jaxforget.influence.question import Answer, Question
 from jaxforget.training.step import PyTree
 
 START = 0x41524E  # what the key of Arnoldi's vectors is folded with
+POWER = 10  # iterations of Arnoldi that find the largest eigenvalue
 NOISE = 64  # eigenvalues and remainders below this many units of rounding, against the largest, are 0
 
 
@@ -40,7 +42,10 @@ def _add_product(objective):
     def visit(total_Q, args, batch):
         at, vector_Q = args
         gradient = jax.grad(lambda model: gradients.weighted_loss(objective, model, at, batch))
-        _, product = jax.linearize(gradient, at.model)  # once for all vectors
+
+        def product(vector):  # linearising once for all vectors takes more memory, and on a CPU no less time
+            return jax.jvp(gradient, (at.model,), (vector,))[1]
+
         return jax.tree.map(jnp.add, total_Q, jax.lax.map(product, vector_Q)), ()
 
     return visit
@@ -58,8 +63,8 @@ class LiSSA:
     """Steps of the recursion; 10 leave out most of what H does to directions of small curvature."""
     damping: float = 1e-3
     """Added to every eigenvalue, times the scale."""
-    scale: float = 10.0
-    """Above half of the largest eigenvalue of H, or the recursion diverges."""
+    scale: float = 0.0
+    """Above half of the largest eigenvalue of H, or the recursion diverges; 0: that eigenvalue, found by Arnoldi."""
     hessian_examples: int = 256
     """Training examples of H, drawn anew at every iteration; 0: all of them."""
     normalise: bool = False
@@ -70,10 +75,15 @@ class LiSSA:
     """Also score single examples, by forward-mode derivatives along u."""
 
     def answer(self, question: Question) -> Answer:
-        gradients.at_least(self, iterations=1, damping=0, hessian_examples=0)
-        gradients.above_zero(self, "scale")
+        gradients.at_least(self, iterations=1, damping=0, scale=0, hessian_examples=0)
         at, (train, _) = gradients.point(question), gradients.sets(question)
         together = concatenate(list(train.values()))
+        size = gradients.tokens(together) * min(1.0, (self.hessian_examples or len(together)) / len(together))
+        scale, spent = self.scale, 9.0 * self.iterations * size * len(question.queries)
+        if not scale:
+            batch = gradients.sample(together, self.hessian_examples, question.seed)
+            _, hessenberg = krylov(question.objective, at, batch, POWER, self.microbatch)
+            scale, spent = float(np.abs(_eigen(hessenberg)[0]).max()), spent + 9.0 * POWER * size
         wanted = gradients.query_gradients(question, at, self.microbatch)
         found, changes = [], []
         for start in range(0, len(question.queries), gradients.QUERIES):
@@ -82,16 +92,15 @@ class LiSSA:
             for i in range(self.iterations):
                 batch = gradients.sample(together, self.hessian_examples, question.seed, i)
                 product_Q = hessian_product(question.objective, at, batch, u_Q, self.microbatch)
-                u_Q, change_Q = _recur(u_Q, v_Q, product_Q, self.damping, self.scale)
+                u_Q, change_Q = _recur(u_Q, v_Q, product_Q, self.damping, scale)
                 change_IQ.append(change_Q)
-            found.append(jax.tree.map(lambda x: np.asarray(x) / self.scale, u_Q))
+            found.append(jax.tree.map(lambda x: np.asarray(x) / scale, u_Q))
             changes.append(np.stack(change_IQ))
         direction_Q = jax.tree.map(lambda *part: np.concatenate(part), *found)
         change_IQ = np.concatenate(changes, axis=1).astype(np.float64)
-        size = gradients.tokens(together) * len(batch) / len(together)
-        spent = self.iterations * size * (3.0 * len(found) + 6.0 * len(question.queries))
         notes = _unsettled(change_IQ, list(question.queries))
-        return _answer(self, question, at, direction_Q, spent=spent, curves={"change": change_IQ}, notes=notes)
+        curves = {"change": change_IQ, "scale": np.array([scale])}
+        return _answer(self, question, at, direction_Q, spent=spent, curves=curves, notes=notes)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -124,7 +133,7 @@ def _unsettled(change_IQ: np.ndarray, names: list[str]) -> tuple[str, ...]:
 class Arnoldi:
     """score = sum over eigenvectors e of H of <g_k, e> <e, g_q> / (lambda_e + damping).
 
-    The eigenvectors of a Krylov space: I + 1 vectors as large as the parameters are on the device.
+    The eigenvectors of a Krylov space: I vectors as large as the parameters are on the device.
     """
 
     iterations: int = 25
@@ -146,23 +155,18 @@ class Arnoldi:
         gradients.at_least(self, iterations=1, eigenvectors=1, damping=0, hessian_examples=0)
         at, (train, _) = gradients.point(question), gradients.sets(question)
         batch = gradients.sample(concatenate(list(train.values())), self.hessian_examples, question.seed)
-        key = jax.random.fold_in(at.key, START)
-        basis_I, hessenberg = _start(at.model, jax.random.fold_in(key, 0), self.iterations)
-        for i in range(self.iterations):
-            vector_1 = jax.tree.map(lambda x: x[i : i + 1], basis_I)  # noqa: B023
-            product_1 = hessian_product(question.objective, at, batch, vector_1, self.microbatch)
-            basis_I, hessenberg = _extend(basis_I, hessenberg, product_1, key, i)
-
-        small = np.asarray(hessenberg, np.float64)[:-1]
-        value_I, vector_II = np.linalg.eigh((small + small.T) / 2)
+        basis_IP, hessenberg = krylov(question.objective, at, batch, self.iterations, self.microbatch)
+        value_I, vector_II = _eigen(hessenberg)
         rounding = NOISE * np.finfo(hessenberg.dtype).eps * np.abs(value_I).max()
         kept = [i for i in np.argsort(-np.abs(value_I))[: self.eigenvectors] if abs(value_I[i]) > rounding]
         value_E, vector_IE = value_I[kept], vector_II[:, kept]
         inverse_II = vector_IE / (value_E + self.damping) @ vector_IE.T
-        wanted, found = gradients.query_gradients(question, at, self.microbatch), []
+        wanted_Q, unravel = gradients.query_gradients(question, at, self.microbatch), ravel_pytree(at.model)[1]
+        found = []
         for q in range(len(question.queries)):
-            coordinate_I = np.asarray(_coordinates(basis_I, jax.tree.map(lambda x: x[q], wanted)), np.float64)[:-1]  # noqa: B023
-            found.append(jax.device_get(_combined(basis_I, np.append(inverse_II @ coordinate_I, 0.0))))
+            wanted_P = jnp.concatenate([leaf[q].reshape(-1) for leaf in jax.tree.leaves(wanted_Q)])
+            weight_I = inverse_II @ np.asarray(_inside(basis_IP, wanted_P), np.float64)
+            found.append(jax.device_get(unravel(_combined(basis_IP, weight_I.astype(basis_IP.dtype)))))
         negative = int((value_E < 0).sum())
         notes = () if not negative else (
             f"{negative} of {len(value_E)} eigenvalues are negative: the parameters are no minimum of the loss of "
@@ -173,66 +177,63 @@ class Arnoldi:
         return _answer(self, question, at, gradients.stack(found), spent=spent, curves=curves, notes=notes)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _start(model, key, iterations: int):
-    """Return I + 1 basis vectors, of which the first is drawn and the others are 0, and an empty Hessenberg matrix."""
-    first = _draw(model, key)
-    length = _length(first)
-    basis_I = jax.tree.map(lambda x: jnp.zeros((iterations + 1, *x.shape), x.dtype).at[0].set(x / length), first)
-    return basis_I, jnp.zeros((iterations + 1, iterations), length.dtype)
-
-
-def _draw(like, key):
-    leaves, treedef = jax.tree.flatten(like)
-    return treedef.unflatten(
-        [jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype) for i, x in enumerate(leaves)]
-    )
-
-
-def _length(vector):
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(vector)))
+def krylov(objective, at: Point, examples: Examples, iterations: int, microbatch: int):
+    """Return an orthonormal basis (I, P) of the space of products with H, and H in it with its next row (I + 1, I)."""
+    flat_P, unravel = ravel_pytree(at.model)
+    key = jax.random.fold_in(at.key, START)
+    first_P = jax.random.normal(key, flat_P.shape, flat_P.dtype)
+    basis_IP = jnp.zeros((iterations, flat_P.size), flat_P.dtype).at[0].set(first_P / jnp.linalg.norm(first_P))
+    hessenberg = jnp.zeros((iterations + 1, iterations), flat_P.dtype)
+    for i in range(iterations):
+        vector_1 = jax.tree.map(lambda x: x[None], unravel(basis_IP[i]))
+        product_1 = hessian_product(objective, at, examples, vector_1, microbatch)
+        basis_IP, hessenberg = _extend(basis_IP, hessenberg, product_1, key, i)
+    return basis_IP, hessenberg
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
-def _extend(basis_I, hessenberg, product_1, key, i):
-    """Add the part of H b_i that is orthogonal to all b so far."""
-    unit, column, length = _orthogonal(basis_I, jax.tree.map(lambda x: x[0], product_1))
+def _extend(basis_IP, hessenberg, product_1, key, i):
+    """Add the part of H b_i that is orthogonal to all b so far. What is added beyond the last row is dropped."""
+    product_P = ravel_pytree(jax.tree.map(lambda x: x[0], product_1))[0]
+    unit_P, column_I, length = _orthogonal(basis_IP, product_P)
     # Where nothing is left H maps the space to itself, and says nothing of the rest: go on there from a new vector.
     # If that leaves nothing either, the b are a whole basis, and all further vectors are 0.
-    unit = jax.lax.cond(
-        length > 0, lambda: unit, lambda: _orthogonal(basis_I, _draw(unit, jax.random.fold_in(key, i + 1)))[0]
-    )
-    basis_I = jax.tree.map(lambda all_, one: all_.at[i + 1].set(one), basis_I, unit)
-    return basis_I, hessenberg.at[:, i].set(column.at[i + 1].set(length))
+
+    def new():
+        drawn_P = jax.random.normal(jax.random.fold_in(key, i), unit_P.shape, unit_P.dtype)
+        return _orthogonal(basis_IP, drawn_P)[0]
+
+    unit_P = jax.lax.cond(length > 0, lambda: unit_P, new)
+    column = jnp.append(column_I, 0.0).at[i + 1].set(length)
+    return basis_IP.at[i + 1].set(unit_P, mode="drop"), hessenberg.at[:, i].set(column)
 
 
-def _orthogonal(basis_I, vector):
+def _orthogonal(basis_IP, vector_P):
     """Return the direction of what a vector has outside of a basis, its coordinates inside, and the length outside.
 
     Direction and length are 0 where only rounding is left.
     """
-    before, column_I = _length(vector), 0.0
+    before, column_I = jnp.linalg.norm(vector_P), 0.0
     for _ in range(2):  # once leaves rounding behind, twice is enough
-        part_I = _coordinates(basis_I, vector)
-        vector = jax.tree.map(jnp.subtract, vector, _combined(basis_I, part_I))
+        part_I = _inside(basis_IP, vector_P)
+        vector_P = vector_P - _combined(basis_IP, part_I)
         column_I = column_I + part_I
-    length = _length(vector)
+    length = jnp.linalg.norm(vector_P)
     length = jnp.where(length > NOISE * jnp.finfo(length.dtype).eps * before, length, 0.0)
-    scale = jnp.where(length > 0, 1.0 / jnp.where(length > 0, length, 1.0), 0.0)
-    return jax.tree.map(lambda x: x * scale, vector), column_I, length
+    return jnp.where(length > 0, vector_P / jnp.where(length > 0, length, 1.0), 0.0), column_I, length
 
 
-@jax.jit
-def _coordinates(basis_I, vector):
-    def product(basis, leaf):
-        return jnp.matmul(basis.reshape(len(basis), -1), leaf.reshape(-1).astype(basis.dtype), precision="highest")
-
-    return sum(jax.tree.leaves(jax.tree.map(product, basis_I, vector)))
+def _inside(basis_IP, vector_P):
+    return jnp.matmul(basis_IP, vector_P, precision="highest")
 
 
-@jax.jit
-def _combined(basis_I, weight_I):
-    return jax.tree.map(lambda b: jnp.tensordot(weight_I.astype(b.dtype), b, axes=1, precision="highest"), basis_I)
+def _combined(basis_IP, weight_I):
+    return jnp.matmul(weight_I, basis_IP, precision="highest")
+
+
+def _eigen(hessenberg) -> tuple[np.ndarray, np.ndarray]:
+    small = np.asarray(hessenberg, np.float64)[:-1]
+    return np.linalg.eigh((small + small.T) / 2)
 
 
 def _answer(config, question: Question, at: Point, direction_Q, **rest) -> Answer:

@@ -49,7 +49,7 @@ class DampedFisher:
                             f"{self.gigabytes:g}; take fewer fisher_examples")  # fmt: skip
         _, rows_N = gradients.sweep(_gradients(question.objective), (), at, batch, self.microbatch, chunk=1)
         gram_NN = gradients.dots(rows_N, rows_N)
-        damping = self.damping * np.trace(gram_NN) / len(batch) / min(len(batch), sum(sizes))
+        damping = float(self.damping * np.trace(gram_NN) / len(batch) / min(len(batch), sum(sizes)))
         wanted_Q = gradients.query_gradients(question, at, self.microbatch)
         meets_NQ = gradients.dots(rows_N, wanted_Q)
         weight_QN = np.linalg.solve(gram_NN + len(batch) * damping * np.eye(len(batch)), meets_NQ).T

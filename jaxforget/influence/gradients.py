@@ -171,7 +171,7 @@ def gradient(objective: Objective, at: Point, examples: Examples, microbatch: in
     """Return the gradient of the loss of a set, on the host."""
     zero = jax.tree.map(jnp.zeros_like, at.model)
     total, _ = sweep(_add_gradient(objective), zero, at, examples, microbatch)
-    scale = 1.0 / weights(examples).sum()
+    scale = 1.0 / float(weights(examples).sum())  # not NumPy's, which would make gradients float64
     return jax.tree.map(lambda x: np.asarray(x) * scale, total)
 
 

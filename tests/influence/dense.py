@@ -67,7 +67,7 @@ def question(sizes=(5, 9, 4)) -> Question:
     model = jax.tree.map(lambda s: 0.7 * rng.normal(size=s), shapes, is_leaf=lambda s: isinstance(s, tuple))
     queries = {"twin": train["t1"], "other": draw_set("q", 6, rng)}
     descend = jax.jit(lambda model: jax.lax.fori_loop(
-        0, 3000, lambda _, m: jax.tree.map(lambda x, g: x - 0.3 * g, m, jax.grad(mean_loss)(m, train)), model
+        0, 3000, lambda _, m: jax.tree.map(lambda x, g: x - 0.1 * g, m, jax.grad(mean_loss)(m, train)), model
     ))  # fmt: skip
     model = jax.tree.map(np.asarray, descend(model))
     return Question(losses, {"model": model}, train, queries, seed=3)

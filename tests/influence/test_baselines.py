@@ -23,7 +23,7 @@ METHODS = {
     "gradsign": GradSign(),
     "gradsign_query": GradSign(sign_of="query"),
     "tracin": TracIn(),
-    "lissa": LiSSA(iterations=20, scale=4.0, damping=0.3),
+    "lissa": LiSSA(iterations=20, damping=0.1),
     "arnoldi": Arnoldi(iterations=12, eigenvectors=8, damping=0.01),
     "fisher": DampedFisher(),
     "ekfac": EKFAC(),
@@ -72,7 +72,7 @@ def test_microbatches_and_examples_change_nothing(name):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("microbatch", 0), ("iterations", 0), ("eigenvectors", 0), ("scale", 0.0), ("damping", -1.0),
+    ("microbatch", 0), ("iterations", 0), ("eigenvectors", 0), ("scale", -1.0), ("damping", -1.0),
     ("hessian_examples", -1), ("fisher_examples", -1), ("gigabytes", 0.0), ("dimension", 33), ("of", "pairs"),
     ("sign_of", "both"),
 ])  # fmt: skip
