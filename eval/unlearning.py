@@ -270,8 +270,9 @@ def report(out: Run, document: dict[str, Any], metrics: dict[str, Metric]) -> No
     if notes := [row for row in rows if row.get("note")]:
         sections.append(("Notes", "What could not be computed, and why.", table(notes, ("name", "note"))))
     bits = out.config["quantize"]
-    lead = "The goal of unlearning is the model that never saw the forget set: the row `retrained`." + (
-        f" Weights of all models went through {bits} bits." if bits else "")  # fmt: skip
+    lead = "The goal of unlearning is the model that never saw the forget set: the row `retrained`."
+    lead += " Behind ± half of the 95 % interval over items."
+    lead += f" Weights of all models went through {bits} bits." if bits else ""
     write_page(out.directory / "report.html", "Unlearning, evaluated", f"{lead} {document['device']}.", sections,
                document["config"])  # fmt: skip
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxforget.errors import UserError
 from jaxforget.metrics import attacks, memorisation, muse, tofu
 from jaxforget.metrics.bias.generation import load_scorer
-from jaxforget.metrics.composite import harmonic_mean, mean, noted, relative_utility
+from jaxforget.metrics.composite import estimate, harmonic_mean, noted, relative_utility
 from jaxforget.metrics.evidence import Evidence, Reader, Request, ask_to_write, gather, require_questions
 from jaxforget.metrics.language import language_metrics
 from jaxforget.metrics.membership import membership_aucs
@@ -115,7 +115,7 @@ METRICS: dict[str, Metric] = {
     ),
     "tofu": Metric(
         ("forget",), tofu.ask, tofu.measure, tofu.summarise,
-        ("forget_quality", "forget_quality_d", "forget_quality_n", "tofu_model_utility_t1", "tofu_model_utility_t2",
+        ("forget_quality_d", "forget_quality", "forget_quality_n", "tofu_model_utility_t1", "tofu_model_utility_t2",
          *(f"tofu_{name}_{kind}" for name in tofu.SETS
            for kind in ("probability", "rouge", "truth_ratio_t1", "truth_ratio_t2"))),
         "Forget quality is the p of a two-sided KS test of the truth ratios T2 against the retrained model's, with its "
@@ -135,9 +135,9 @@ METRICS: dict[str, Metric] = {
         ("forget", "approximate"), attacks.ask, attacks.measure, attacks.summarise,
         ("privleak", "privacy", *(f"auc_{name}" for name in (*attacks.ATTACKS, *attacks.EXTRA)),
          *(f"smia_{name}" for name in attacks.ATTACKS)),
-        "AUC: P(a never-trained text scores higher than a forget text), with half of its 95 % interval over texts: 1 "
-        "memorised, below that of the retrained model over-unlearned. PrivLeak on Min-40 %, in percent: 0 is "
-        "retraining, -100 memorised. sMIA: closeness to the AUC of the retrained model; Privacy: their harmonic mean.",
+        "AUC: P(a never-trained text scores higher than a forget text): 1 memorised, below that of the retrained model "
+        "over-unlearned. PrivLeak on Min-40 %, in percent: 0 is retraining, -100 memorised. sMIA: closeness to the AUC "
+        "of the retrained model; Privacy is the harmonic mean of four of them.",
     ),
     "verbatim": Metric(
         ("verbatim",), muse.ask_verbatim, muse.measure_verbatim, muse.summarise_verbatim, ("verbmem",),
@@ -152,7 +152,7 @@ METRICS: dict[str, Metric] = {
         ("knowmem_forget", "knowmem_retain"),
     ),
     "fluency": Metric(
-        ("forget",), _ask_fluency, _measure_fluency, lambda items, retrained: {"fluency": mean(items["fluency"])},
+        ("forget",), _ask_fluency, _measure_fluency, lambda items, retrained: estimate("fluency", items["fluency"]),
         ("fluency",), "Mean score of the answers to forget questions under the classifier --fluency.",
     ),
 }  # fmt: skip

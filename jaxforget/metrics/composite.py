@@ -25,11 +25,12 @@ def harmonic_mean(values: Iterable[float | None]) -> float | None:
     return float(len(values) / sum(1.0 / (value + TINY) for value in values))
 
 
-def mean(value_N: Any) -> float | None:
-    """Average what is there, missing items (NaN, None) left out; None where nothing is."""
+def estimate(name: str, value_N: Any, scale: float = 1.0) -> dict[str, float | None]:
+    """Return the mean of what is there, times `scale`, and half of its 95 % interval over items as `<name>_ci95`."""
     value_N = np.asarray(value_N, np.float64)
-    kept_N = value_N[np.isfinite(value_N)]
-    return float(kept_N.mean()) if len(kept_N) else None
+    kept_N = scale * value_N[np.isfinite(value_N)]
+    half = 1.96 * float(kept_N.std(ddof=1)) / len(kept_N) ** 0.5 if len(kept_N) > 1 else None
+    return {name: float(kept_N.mean()) if len(kept_N) else None, f"{name}_ci95": half}
 
 
 def noted(compute: Callable[[], dict[str, Any]], *fields: str) -> dict[str, Any]:

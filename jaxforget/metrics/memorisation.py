@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxforget.data.sources import Record
 from jaxforget.metrics import tofu
-from jaxforget.metrics.composite import mean, memorisation
+from jaxforget.metrics.composite import estimate, memorisation
 from jaxforget.metrics.evidence import Evidence, Reader, Request, mean_losses
 from jaxforget.metrics.language import TokenScores
 
@@ -62,6 +62,8 @@ def measure(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]]
 
 def summarise(items: Mapping[str, Any], retrained: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the means, and `memorisation`: the harmonic mean of 1 - them, 1 for a model that has nothing by heart."""
-    row = {name: mean(items[name]) for name in ("em", "es", "paraprob", "truth") if name in items}
-    known = all(row.get(name) is not None for name in ("em", "es", "paraprob", "truth"))
-    return {**row, "memorisation": memorisation(row["es"], row["em"], row["paraprob"], row["truth"]) if known else None}
+    row: dict[str, Any] = {"memorisation": None}
+    for name in ("em", "es", "paraprob", "truth"):
+        row |= estimate(name, items.get(name, ()))
+    known = [row[name] for name in ("es", "em", "paraprob", "truth")]
+    return row | ({"memorisation": memorisation(*known)} if None not in known else {})

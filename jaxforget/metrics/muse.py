@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxforget.data.sources import Record
 from jaxforget.errors import UserError
-from jaxforget.metrics.composite import mean
+from jaxforget.metrics.composite import estimate
 from jaxforget.metrics.evidence import Evidence, Reader, Request, ask_to_write, require_questions
 from jaxforget.metrics.rouge import rouge_l
 
@@ -48,7 +48,7 @@ def measure_verbatim(evidence: Evidence, reader: Reader, sets, options) -> dict[
 
 def summarise_verbatim(items: Mapping[str, Any], retrained: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return verbmem, in percent."""
-    return {"verbmem": percent(items["verbmem"])}
+    return estimate("verbmem", items["verbmem"], 100.0)
 
 
 # --------------------------------------------------------------------------------------------------- knowledge
@@ -85,12 +85,12 @@ def summarise_knowledge(items: Mapping[str, Any], retrained: Mapping[str, Any] |
     for side in SIDES:
         for name in ("plain", "paraphrased"):
             if f"{side} {name}" in items:
-                row[f"knowmem_{side}" + f"_{name}" * (name != "plain")] = percent(items[f"{side} {name}"])
+                row |= estimate(f"knowmem_{side}" + f"_{name}" * (name != "plain"), items[f"{side} {name}"], 100.0)
         several = [key for key in items if key.startswith(f"{side} prefix") and not key.endswith("written")]
         if several:
             f1_PN = np.asarray([items[key] for key in several], np.float64)
-            row[f"knowmem_{side}_prefixed"] = percent(f1_PN.mean(axis=0))
-            row[f"knowmem_{side}_prefixed_best"] = percent(f1_PN.max(axis=0))
+            row |= estimate(f"knowmem_{side}_prefixed", f1_PN.mean(axis=0), 100.0)
+            row |= estimate(f"knowmem_{side}_prefixed_best", f1_PN.max(axis=0), 100.0)
     return row
 
 
@@ -136,12 +136,6 @@ def cut(text: str) -> str:
     for stop in STOPS:
         text = text.split(stop)[0]
     return text
-
-
-def percent(value_N: Any) -> float | None:
-    """Return 100 times the mean."""
-    value = mean(value_N)
-    return None if value is None else 100.0 * value
 
 
 # ------------------------------------------------------------------------------------------------------ series

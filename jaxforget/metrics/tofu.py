@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxforget.data.sources import Record
 from jaxforget.errors import UserError
-from jaxforget.metrics.composite import harmonic_mean, mean, noted
+from jaxforget.metrics.composite import estimate, harmonic_mean, noted
 from jaxforget.metrics.evidence import Evidence, Reader, Request, ask_to_write, mean_losses, require_questions
 from jaxforget.metrics.rouge import rouge_l
 
@@ -46,14 +46,14 @@ def truth_share(log_t2_N: np.ndarray) -> np.ndarray:
     return 0.5 * (1.0 - np.tanh(0.5 * np.asarray(log_t2_N, np.float64)))
 
 
-def forget_aggregate(log_t_N: np.ndarray) -> float | None:
-    """Return the mean of min(T, 1 / T): 1 where right and wrong answers cannot be told apart."""
-    return mean(np.exp(-np.abs(np.asarray(log_t_N, np.float64))))
+def forget_truth(log_t_N: np.ndarray) -> np.ndarray:
+    """Return min(T, 1 / T): 1 where right and wrong answers cannot be told apart."""
+    return np.exp(-np.abs(np.asarray(log_t_N, np.float64)))
 
 
-def utility_aggregate(log_t_N: np.ndarray) -> float | None:
-    """Return the mean of max(0, 1 - T)."""
-    return mean(-np.expm1(np.minimum(np.asarray(log_t_N, np.float64), 0.0)))
+def utility_truth(log_t_N: np.ndarray) -> np.ndarray:
+    """Return max(0, 1 - T)."""
+    return -np.expm1(np.minimum(np.asarray(log_t_N, np.float64), 0.0))
 
 
 def choice_probability(right_N: np.ndarray, wrong_NI: Sequence[np.ndarray]) -> np.ndarray:
@@ -140,11 +140,11 @@ def summarise(items: Mapping[str, Any], retrained: Mapping[str, Any] | None) -> 
         if f"{name}_probability" not in items:
             continue
         for kind in ("probability", "rouge"):
-            row[f"{name}_{kind}"] = mean(items[f"{name}_{kind}"])
-        aggregate = forget_aggregate if name == "forget" else utility_aggregate
+            row |= estimate(f"{name}_{kind}", items[f"{name}_{kind}"])
+        truth = forget_truth if name == "forget" else utility_truth
         for kind in ("t1", "t2"):
             if f"{name}_log_{kind}" in items:
-                row[f"{name}_truth_ratio_{kind}"] = aggregate(items[f"{name}_log_{kind}"])
+                row |= estimate(f"{name}_truth_ratio_{kind}", truth(items[f"{name}_log_{kind}"]))
         left_out = int(np.isnan(np.asarray(items[f"{name}_probability"], np.float64)).sum())
         row |= {f"{name}_items_left_out": left_out} if left_out else {}
     for kind in ("t1", "t2"):

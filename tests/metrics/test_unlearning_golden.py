@@ -42,7 +42,7 @@ def test_truth_ratios_of_a_published_item():
     assert np.exp(log_t1[0]) == pytest.approx(0.2732519794766903, rel=1e-10)
     assert np.exp(log_t2[0]) == pytest.approx(0.24523371956679554, rel=1e-10)
     assert tofu.truth_share(log_t2)[0] == pytest.approx(0.8030620953212624, rel=1e-10)
-    assert tofu.utility_aggregate(log_t1) == pytest.approx(0.7267480205233097, rel=1e-10)
+    assert tofu.utility_truth(log_t1)[0] == pytest.approx(0.7267480205233097, rel=1e-10)
 
 
 def test_model_utility_of_the_published_full_model():
@@ -93,9 +93,9 @@ def test_truth_ratios(golden):
         assert np.exp(log_t2[0]) == pytest.approx(case["T2"], rel=1e-10)
         assert np.exp(log_t2[0]) == pytest.approx(case["T2_logged"], rel=LOGGED)
         assert tofu.truth_share(log_t2)[0] == pytest.approx(case["T3"], rel=1e-10)
-        assert tofu.forget_aggregate(log_t2) == pytest.approx(case["forget_aggregate_T2"], rel=1e-10)
-        assert tofu.utility_aggregate(log_t1) == pytest.approx(case["utility_aggregate_T1"], rel=1e-10)
-        assert tofu.utility_aggregate(log_t2) == pytest.approx(case["utility_aggregate_T2"], rel=1e-10)
+        assert tofu.forget_truth(log_t2)[0] == pytest.approx(case["forget_aggregate_T2"], rel=1e-10)
+        assert tofu.utility_truth(log_t1)[0] == pytest.approx(case["utility_aggregate_T1"], rel=1e-10)
+        assert tofu.utility_truth(log_t2)[0] == pytest.approx(case["utility_aggregate_T2"], rel=1e-10)
 
 
 def test_rouge(golden):

@@ -46,8 +46,10 @@ def test_an_empty_answer_is_missing_and_left_out():
     empty = scores._replace(scored_NT=scores.scored_NT & (np.arange(4) != 2)[:, None])
     for metric in (memorisation.exact_memorisation, memorisation.extraction_strength):
         assert np.isnan(metric(empty)[2])
-        assert composite.mean(metric(empty)) == pytest.approx(metric(scores)[[0, 1, 3]].mean())
-    assert composite.mean([None, np.nan]) is None
+        found, kept = composite.estimate("x", metric(empty), 100.0), 100 * metric(scores)[[0, 1, 3]]
+        assert found["x"] == pytest.approx(kept.mean())
+        assert found["x_ci95"] == pytest.approx(1.96 * np.sqrt(((kept - kept.mean()) ** 2).sum() / 2 / 3))
+    assert composite.estimate("x", [None, np.nan]) == {"x": None, "x_ci95": None}
 
 
 def test_without_last_drops_one_token_a_row():
@@ -84,14 +86,14 @@ def test_truth_ratios_do_not_overflow():
     log_t1, log_t2 = tofu.log_truth_ratio(np.array([2000.0, 0.0]), [np.array([0.0]), np.array([2000.0])])
     assert log_t1.tolist() == log_t2.tolist() == [2000, -2000]
     assert tofu.truth_share(log_t2).tolist() == [0, 1]
-    assert tofu.forget_aggregate(log_t2) == 0 and tofu.utility_aggregate(log_t2) == 0.5
+    assert tofu.forget_truth(log_t2).tolist() == [0, 0] and tofu.utility_truth(log_t2).tolist() == [0, 1]
     assert tofu.choice_probability([2000.0, 0.0], [np.array([0.0]), np.array([2000.0])]).tolist() == [0, 1]
 
 
-def test_the_forget_aggregate_is_blind_to_the_direction():
+def test_the_forget_truth_ratio_is_blind_to_the_direction():
     log_t = tofu.log_truth_ratio(*losses())[1]
-    assert tofu.forget_aggregate(log_t) == pytest.approx(tofu.forget_aggregate(-log_t))
-    assert tofu.forget_aggregate(np.zeros(5)) == 1 and tofu.utility_aggregate(np.zeros(5)) == 0
+    np.testing.assert_array_equal(tofu.forget_truth(log_t), tofu.forget_truth(-log_t))
+    assert tofu.forget_truth(np.zeros(1))[0] == 1 and tofu.utility_truth(np.array([0.0, 1.0])).tolist() == [0, 0]
 
 
 def test_ks_of_a_sample_with_itself_and_under_monotone_maps():
