@@ -91,7 +91,9 @@ def summarise(items: Mapping[str, Any], retrained: Mapping[str, Any] | None) -> 
     if not retrained:
         return row
     own = row["auc_min_k"], _auc(retrained, "min_k")[0]
-    if None not in own:
+    if None in own:
+        row |= {"privleak": None, "note": "PrivLeak needs the AUC of both models; one of them has no finite score"}
+    else:
         row |= noted(lambda: {"privleak": privleak(*own)}, "privleak")
     for name in names:
         pair = row[f"auc_{name}"], _auc(retrained, name)[0]

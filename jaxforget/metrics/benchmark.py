@@ -99,7 +99,10 @@ def _measure_fluency(evidence: Evidence, reader: Reader, sets, config: MeasureCo
 
 @functools.cache
 def _fluency_scorer(name: str, label: str | None):
-    return load_scorer(name, label)
+    try:
+        return load_scorer(name, label)
+    except UserError as error:
+        raise UserError(str(error).replace("--scorer", "--fluency")) from None
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -206,8 +209,7 @@ def summarise(items: Mapping[str, dict[str, Any]], retrained: Mapping[str, dict[
     row: dict[str, Any] = {}
     for name, one in items.items():
         found = METRICS[name].summarise(one, retrained and retrained[name])
-        notes = [note for note in (row.get("note"), found.get("note")) if note]
-        row |= found | ({"note": "; ".join(notes)} if notes else {})
+        row |= found | _joined_notes(row, found)
     if "tofu_model_utility_t2" in row:
         utility = row["tofu_model_utility_t2"]
         row["utility"] = harmonic_mean((utility, row["fluency"])) if "fluency" in row else utility
@@ -219,8 +221,13 @@ def overall(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> dict[
     parts = [row.get(name) for name in ("memorisation", "privacy", "utility")]
     if original is None or original.get("utility") is None or None in parts:
         return {}
-    relative = noted(lambda: {"utility_rel": relative_utility(parts[2], original["utility"])}, "utility_rel")
-    return relative | {"overall": harmonic_mean((*parts[:2], relative["utility_rel"]))}
+    found = noted(lambda: {"utility_rel": relative_utility(parts[2], original["utility"])}, "utility_rel")
+    return found | _joined_notes(row, found) | {"overall": harmonic_mean((*parts[:2], found["utility_rel"]))}
+
+
+def _joined_notes(*parts: Mapping[str, Any]) -> dict[str, str]:
+    notes = [part["note"] for part in parts if part.get("note")]
+    return {"note": "; ".join(notes)} if notes else {}
 
 
 def _listed(items: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,9 +54,12 @@ def smia(auc_mem: float, retrained: float) -> float:
 
 
 def relative_utility(utility: float, original: float) -> float:
-    """Return min(1, utility / utility of the model before unlearning)."""
-    if not original > 0:
-        raise UserError(f"the utility of the original model is {original}; nothing can be relative to it")
+    """Return min(1, utility / utility of the model before unlearning).
+
+    Raises UserError where the latter is 0, or of the size of TINY: then a part of it is 0.
+    """
+    if not original > 1e-9:
+        raise UserError(f"the utility of the original model is {original:.1g}; nothing can be relative to it")
     return min(1.0, utility / original)
 
 

@@ -11,7 +11,7 @@ from jaxforget.data.sampling import id_keys
 from jaxforget.data.text import TextConfig
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
-from jaxforget.metrics import attacks, composite, memorisation, tofu
+from jaxforget.metrics import attacks, benchmark, composite, memorisation, tofu
 from jaxforget.metrics.evidence import Reader, Request, gather
 from jaxforget.metrics.language import TokenScores
 from jaxforget.metrics.membership import auc, auc_ci95, min_k_scores, privleak
@@ -122,6 +122,16 @@ def test_relearn_and_quantise_limits():
     assert composite.relearn(0.2, 0) == 0 and composite.relearn(0, 0.2, one_sided=True) == 1
     assert composite.relearn(-0.6, 0.2) == composite.relearn(0.2, 0.6) == pytest.approx(0.5)
     assert composite.faithfulness([0.9, 0.8], [0.1, 0.2]) == 1 and composite.faithfulness([1, 2], [1, 2]) == 0.5
+
+
+def test_overall_is_relative_to_the_original_model():
+    row = {"memorisation": 0.5, "privacy": 0.8, "utility": 0.3, "note": "first"}
+    found = benchmark.overall(row, {"utility": 0.6})
+    assert found == {"utility_rel": 0.5, "overall": pytest.approx(3 / (2 + 1.25 + 2)), "note": "first"}
+    assert benchmark.overall(row, {"utility": 0.1})["utility_rel"] == 1
+    assert benchmark.overall(row, None) == {} == benchmark.overall(row | {"privacy": None}, {"utility": 0.6})
+    found = benchmark.overall(row, {"utility": 3e-12})  # a part of it is 0
+    assert found["utility_rel"] is found["overall"] is None and found["note"].startswith("first; the utility of the")
 
 
 # -------------------------------------------------------------------------------------------------- membership
