@@ -66,8 +66,9 @@ def question(sizes=(5, 9, 4)) -> Question:
               "out": {"kernel": (WIDTH, CLASSES)}}  # fmt: skip
     model = jax.tree.map(lambda s: 0.7 * rng.normal(size=s), shapes, is_leaf=lambda s: isinstance(s, tuple))
     queries = {"twin": train["t1"], "other": draw_set("q", 6, rng)}
+    together = concatenate(list(train.values()))
     descend = jax.jit(lambda model: jax.lax.fori_loop(
-        0, 3000, lambda _, m: jax.tree.map(lambda x, g: x - 0.1 * g, m, jax.grad(mean_loss)(m, train)), model
+        0, 3000, lambda _, m: jax.tree.map(lambda x, g: x - 0.1 * g, m, jax.grad(mean_loss)(m, together)), model
     ))  # fmt: skip
     model = jax.tree.map(np.asarray, descend(model))
     return Question(losses, {"model": model}, train, queries, seed=3)
@@ -126,15 +127,18 @@ def train_rows() -> np.ndarray:
 
 @functools.cache
 def hessian() -> np.ndarray:
-    """H of the mean loss over all scored positions, (P, P)."""
+    """H of the mean loss over all scored positions of the training data, (P, P)."""
+    return hessian_of(concatenate(list(question().train.values())))
+
+
+def hessian_of(examples: Examples) -> np.ndarray:
     flat, unravel = flat_model()
-    return np.asarray(jax.jit(jax.hessian(lambda flat: mean_loss(unravel(flat), question().train)))(flat))
+    return np.asarray(jax.jit(jax.hessian(lambda flat: mean_loss(unravel(flat), examples)))(flat))
 
 
-def mean_loss(model, train):
-    together = concatenate(list(train.values()))
-    count_N = (together.columns["labels"] != IGNORED).sum(axis=1).astype(np.float64)
-    return nll(forward(model, together.columns["x"])[0], together.columns["labels"]) @ count_N / count_N.sum()
+def mean_loss(model, examples: Examples):
+    count_N = (examples.columns["labels"] != IGNORED).sum(axis=1).astype(np.float64)
+    return nll(forward(model, examples.columns["x"])[0], examples.columns["labels"]) @ count_N / count_N.sum()
 
 
 def factors() -> dict:

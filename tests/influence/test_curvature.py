@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxforget.data.sampling import order
+from jaxforget.data.tokens import concatenate
 from jaxforget.errors import UserError
 from jaxforget.influence.curvature import Arnoldi, LiSSA
 from jaxforget.influence.ekfac import EKFAC
@@ -39,6 +41,17 @@ def test_lissa_solves_with_the_damped_hessian():
         u_PQ = query_QP.T + 0.9 * u_PQ - dense.hessian() @ u_PQ / 10.0
     np.testing.assert_allclose(short.scores_KQ, train_KP @ u_PQ / 10.0, rtol=1e-8)
     assert "not converged" in short.notes[0]
+
+
+def test_lissa_draws_anew_at_every_iteration():
+    question = dense.question()
+    train_KP, query_QP = dense.gradients()
+    together, u_PQ = concatenate(list(question.train.values())), query_QP.T
+    for i in range(2):
+        chosen = together.take(order(together.columns["key"], question.seed, i)[:7])
+        u_PQ = query_QP.T + 0.9 * u_PQ - dense.hessian_of(chosen) @ u_PQ / 10.0
+    answer = LiSSA(iterations=2, damping=0.1, scale=10.0, hessian_examples=7).answer(question)
+    np.testing.assert_allclose(answer.scores_KQ, train_KP @ u_PQ / 10.0, rtol=1e-8)
 
 
 def test_lissa_finds_its_scale():
