@@ -69,7 +69,8 @@ class Modular:
     def logits(self, batch: Mapping[str, Any], names: Collection[str] = ()) -> jax.Array:
         """Return class logits (B, C) of a batch whose rows have the same modules on."""
         names = self.names(names)
-        return _one(self.model)(self._stack, self._slot(names, ()) if names else 0, dict(batch))
+        slot = self._slot(names, ()) if names else 0  # first: merging replaces the stack
+        return _one(self.model)(self._stack, slot, dict(batch))
 
     def mixed(self, batch: Mapping[str, Any], names_B: Sequence[Collection[str]]) -> jax.Array:
         """Return class logits (B, C); row b has the modules names_B[b] on. Raises UserError for too many sets."""

@@ -43,6 +43,13 @@ def test_every_row_of_a_mixed_batch_is_as_it_would_be_alone(rows):
             np.testing.assert_allclose(found[mix == i], alone[mix == i], atol=1e-6)
 
 
+def test_a_set_is_merged_when_it_is_first_asked_for():
+    modular, plain = server(slots=1), jax.jit(MODEL.batch_logits)
+    for names in SETS[1:]:
+        on = merged(PARAMS, {name: MODULES[name] for name in names})
+        np.testing.assert_allclose(modular.logits(BATCH, names), plain(on, BATCH), atol=1e-6)
+
+
 def test_every_mix_is_the_same_program():
     counting = chex.assert_max_traces(lambda *args: MODEL.batch_logits(*args), n=2)  # its shape, then the program
 
