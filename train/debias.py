@@ -2,7 +2,7 @@
 
 Leaves the classifier as a Hugging Face directory in OUT/core and a sparse module for every attribute in OUT/modules.
 Any set of them can be switched on later, in one batch too (jaxforget/debiasing/serving.py); off is the core, bit for
-bit. Without --data it trains on generated reviews.
+bit. With --core and --dp.* modules are differentially private. Without --data it trains on generated reviews.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from jaxforget import command
+from jaxforget.data.sampling import hash_int
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, tokenizer_texts
 from jaxforget.debiasing.composition import merged, sets_of, warnings, with_required
@@ -26,19 +27,30 @@ from jaxforget.debiasing.gates import GateConfig
 from jaxforget.debiasing.modules import from_places, inspect, load_modules, save_module
 from jaxforget.debiasing.objective import RemovalConfig
 from jaxforget.debiasing.page import write_report
-from jaxforget.debiasing.run import Learner, ModuleConfig, train_fixed, train_gated, train_whole
+from jaxforget.debiasing.removal import REMOVALS
+from jaxforget.debiasing.run import Learner, ModuleConfig, Slots, train_fixed, train_gated, train_whole
 from jaxforget.debiasing.testbed import Testbed, measured
 from jaxforget.debiasing.token_ids import TOKENS, read_vocabulary, scratch_tokens, token_vocabulary, tokens_start
 from jaxforget.errors import UserError
 from jaxforget.metrics.leakage import AttackConfig
 from jaxforget.models import hub
 from jaxforget.models.adapters import digest
+from jaxforget.privacy.accounting import PrivacyConfig
+from jaxforget.privacy.noise import gaussian_noise
+from jaxforget.privacy.recipe import PrivateRun, phase_batches, private_run
 from jaxforget.report.page import figure, table
 from jaxforget.report.run import Run, plain
 from jaxforget.training.ensemble import Members
+from jaxforget.training.optimizer import TrainConfig
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_classifier, start_from, tokenizer_files
 
 TASK = "task"  # the module that is the task itself
+PRIVATE = 0x50524956  # what a hash is for
+PROMISE = (
+    "Holds for all modules of this run together, both phases of each, as long as --seed is secret: who knows it can "
+    "repeat the noise. Not for the core, for choices made by looking at several runs, for the names of classes and "
+    "attributes, and for the numbers written beside the modules."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,7 @@ class Config:
     gates: GateConfig = GateConfig()
     removal: Annotated[RemovalConfig, tyro.conf.arg(name="")] = RemovalConfig()
     attack: AttackConfig = AttackConfig()
+    dp: PrivacyConfig = PrivacyConfig()
 
 
 SCRATCH = ModuleConfig(epochs=8, fixed_epochs=6, learning_rate=1e-3, adversary_rate=1e-3, core_rate=1e-3)
@@ -125,8 +138,9 @@ def run(config: Config) -> None:
     layout_of(model, config.module.differs)  # tells a pattern that matches nothing
     encoded = encode_sets(sets, names, text, model, start.tokenizer, vocabulary, command.say)
     testbed = Testbed(encoded, names, labels)
+    private = private_modules(config, testbed) if config.dp.private else None
     out.begin()
-    core, files = train(config, out, start, testbed)
+    core, files = train(config, out, start, testbed, private)
     core, base, modules = with_required(core, load_modules(files, digest(core)))
     for message in warnings(modules):
         command.say(message)
@@ -135,6 +149,7 @@ def run(config: Config) -> None:
         if row["name"] in modules:
             row |= {name: value for name, value in inspect(modules[row["name"]]).items()
                     if name in ("density", "achieved_density", "nonzeros", "bytes", "share_by_part")}  # fmt: skip
+            row |= private.about if private else {}
     for chosen in sets_of(modules) if config.export else []:
         target = out.directory / "merged" / "+".join(chosen)
         shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
@@ -155,8 +170,12 @@ def run(config: Config) -> None:
     sizes = [{"name": name, **inspect(module)} for name, module in (base | modules).items()]
     columns = ("name", "density", "achieved_density", "nonzeros", "bytes")
     note = "Share of gates open without noise, by epoch of the first phase; pruning cuts to the budget."
-    write_report(out.directory, testbed, rows, document, f"Modules for {', '.join(names)}",
-                 [("Density", note, table(sizes, columns) + (figure(curves) if stages else ""))])  # fmt: skip
+    sections = [("Density", note, table(sizes, columns) + (figure(curves) if stages else ""))]
+    if private:
+        promise = {name.removeprefix("dp_"): value for name, value in private.about.items() if value is not None}
+        sections.append(("Differential privacy", PROMISE, table([{"name": config.dp.sampler, **promise}],
+                                                                ("name", *promise))))  # fmt: skip
+    write_report(out.directory, testbed, rows, document, f"Modules for {', '.join(names)}", sections)
     fields = (*testbed.fields(), "achieved_density")
     command.print_table(rows, fields, f"train.debias · {out.directory}")
 
@@ -177,8 +196,56 @@ def check(config: Config) -> None:
         raise UserError("--regime par trains the core beside its modules; leave out --core and --task-density")
     if config.core and config.task_density:
         raise UserError("--core is finished; leave out --task-density")
+    if not config.dp.private and config.dp != PrivacyConfig():
+        raise UserError("--dp.* flags without --dp.epsilon or --dp.noise: training would not be private")
+    if config.dp.private:
+        check_private(config)
     if config.sets.token_ids and config.model:
         raise UserError("--token-ids has no tokenizer that fits --model; leave one of them out")
+
+
+def check_private(config: Config) -> None:
+    """Raise UserError for settings with which modules would not be private, or their noise not be accounted for."""
+    if not config.core:
+        raise UserError("--dp.* makes modules private, not what they are trained for; give a finished --core")
+    if config.sets.balance:
+        raise UserError("--balance keeps a record or not for what others say; leave it out with --dp.*")
+    if REMOVALS[config.removal.removal].couples:
+        others = " or ".join(name for name, removal in REMOVALS.items() if not removal.couples)
+        raise UserError(f"--removal {config.removal.removal} compares the rows of a batch, so that clipping does not "
+                        f"bound what one adds; with --dp.* use {others}")  # fmt: skip
+    if config.dp.sampler == "cyclic":
+        raise UserError("--dp.sampler cyclic correlates the noise of steps, and modules train in phases; use another")
+    if config.dp.groups:
+        raise UserError("--dp.groups names what moves, which is not the same in both phases; leave it out")
+    if config.dp.estimator not in ("auto", "vmap"):
+        raise UserError(f"--dp.estimator {config.dp.estimator} cannot see sparse differences; use vmap")
+
+
+def private_modules(config: Config, testbed: Testbed) -> PrivateRun:
+    """Account for all steps of both phases of all modules as one run."""
+    epochs = len(targets_of(config, testbed)) * (config.module.epochs + config.module.fixed_epochs)
+    settings = TrainConfig(epochs=epochs, batch_size=config.module.batch_size)
+    dp = dataclasses.replace(config.dp, estimator="vmap")
+    run = private_run(dp, settings, testbed.examples["train"], config.seed, "record")
+    command.say("epsilon {dp_epsilon:.4g} at delta {dp_delta:.3g} for one {dp_unit} ({dp_relation}) and all modules, "
+                "{dp_sampler} sampling, noise multiplier {dp_sigma:g}".format(**run.about))  # fmt: skip
+    return run
+
+
+def privately(run: PrivateRun, learners: list[Learner], places: list[int], phase: int, epochs: int):
+    """Return the members of a phase, whose modules have these places among all, and their slots.
+
+    Every module and phase has draws of its own, as noise that is added twice can be taken out again. Classes weigh by
+    their number alone: their shares would tell of records past the clipping.
+    """
+    own = hash_int(run.batches.seed, PRIVATE)
+    learners = [
+        one._replace(seed=(own + 2 * place + phase) % 2**31, shares=[np.full_like(s, 1 / len(s)) for s in one.shares])
+        for one, place in zip(learners, places, strict=True)
+    ]
+    batches = phase_batches(run, [one.examples for one in learners], [one.seed for one in learners], epochs)
+    return learners, Slots(batches, run.gradient, gaussian_noise(), run.prepare)
 
 
 def start_of(config: Config, sets, text: TextConfig) -> tuple[Start, dict[str, int] | None]:
@@ -202,7 +269,9 @@ def start_of(config: Config, sets, text: TextConfig) -> tuple[Start, dict[str, i
     return scratch_tokens(config.size, config.compute, vocabulary, labels), vocabulary
 
 
-def train(config: Config, out: Run, start: Start, testbed: Testbed) -> tuple[Any, list[Path]]:
+def train(
+    config: Config, out: Run, start: Start, testbed: Testbed, private: PrivateRun | None
+) -> tuple[Any, list[Path]]:
     """Train the core and the modules that OUT lacks; returns the core's parameters and the module files."""
     model, (core_dir, folder) = start.model, (out.directory / "core", out.directory / "modules")
     targets = targets_of(config, testbed)
@@ -211,18 +280,25 @@ def train(config: Config, out: Run, start: Start, testbed: Testbed) -> tuple[Any
         return hub.load(config.core or core_dir)[1], files
     folder.mkdir(exist_ok=True)
 
-    def stage(tag: str, function: Callable, *args) -> Any:
+    def stage(tag: str, function: Callable, *args, slots: Slots | None = None) -> Any:
         """Call a phase with its checkpoints, log and progress bar filled in."""
         with command.progress(tag) as show:
             return function(
                 model, *args, how=config.members, show=show, checkpoints=out.directory / "checkpoints" / tag,
                 checkpoint_every=config.checkpoint_every, resumed=lambda step: out.rewind(tag, step),
-                log=lambda step, metrics: out.log(tag, step, metrics),
+                log=lambda step, metrics: out.log(tag, step, metrics), slots=slots,
             )  # fmt: skip
 
-    def phases(learners: list[Learner], module: ModuleConfig, density: float, before: str = "", after: str = ""):
-        found = stage(f"{before}gates{after}", train_gated, learners, module, config.gates, config.removal)
-        return stage(f"{before}values{after}", train_fixed, learners, found, density, module, config.removal)
+    def phases(learners, module: ModuleConfig, density: float, before: str = "", after: str = "", places=()):
+        first = last = (learners, None)
+        if private:
+            module = dataclasses.replace(module, max_grad_norm=0.0)  # it would be that of noise, mostly
+            first = privately(private, learners, places, 0, module.epochs)
+            last = privately(private, learners, places, 1, module.fixed_epochs)
+        found = stage(f"{before}gates{after}", train_gated, first[0], module, config.gates, config.removal,
+                      slots=first[1])  # fmt: skip
+        return stage(f"{before}values{after}", train_fixed, last[0], found, density, module, config.removal,
+                     slots=last[1])  # fmt: skip
 
     def save_core(params) -> None:
         for stale in (core_dir, *out.directory.glob(".core.*")):  # of a run that was killed
@@ -234,13 +310,17 @@ def train(config: Config, out: Run, start: Start, testbed: Testbed) -> tuple[Any
         for name, sparse in found.items():
             settings = {"module": plain(config.module), "gates": plain(config.gates), "removal": plain(config.removal)}
             module = from_places(layout, sparse["place"], sparse["value"], base, attribute=name, density=density,
-                                 seed=config.seed, settings=settings, **about)  # fmt: skip
+                                 settings=settings, **about)  # fmt: skip
             save_module(folder / f"{name}.safetensors", module, config.store)
 
     def learner(params, attributes: tuple[int, ...], targets) -> Learner:
         return testbed.learner(params, attributes, targets, config.seed)
 
-    about = {"objective": config.removal.removal, "regime": config.module.regime}
+    about: dict[str, Any] = {"objective": config.removal.removal, "regime": config.module.regime}
+    if private:
+        about["privacy"] = plain({name.removeprefix("dp_"): value for name, value in private.about.items()})
+    else:
+        about["seed"] = config.seed  # that of private modules stays a secret
     if config.module.regime == "par":
         one = learner(start.params(config.seed), tuple(range(len(testbed.names))), tuple(targets.values()))
         [done] = phases([one], config.module, config.density)
@@ -254,7 +334,7 @@ def train(config: Config, out: Run, start: Start, testbed: Testbed) -> tuple[Any
         settings = dataclasses.replace(config.module, regime="task")
         [(core, [task])] = phases([learner(core, (), ((),))], settings, config.task_density, before="task ")
         save_core(core)
-        save_modules(core, {TASK: task}, config.task_density, objective=TASK, regime="post")
+        save_modules(core, {TASK: task}, config.task_density, objective=TASK, regime="post", seed=config.seed)
         layout = layout_of(model, config.module.differs)
         on = merged(core, {TASK: from_places(layout, task["place"], task["value"], core)})
         about["requires"] = [TASK]
@@ -272,7 +352,8 @@ def train(config: Config, out: Run, start: Start, testbed: Testbed) -> tuple[Any
         groups.setdefault(tuple(testbed.classes[j] for j in target), []).append(name)
     for number, group in enumerate(groups.values()):
         them = [learner(on, targets[name], (tuple(range(len(targets[name]))),)) for name in group]
-        done = phases(them, config.module, config.density, after=str(number))
+        places = [list(targets).index(name) for name in group]
+        done = phases(them, config.module, config.density, after=str(number), places=places)
         modules = {name: one.modules[0] for name, one in zip(group, done, strict=True)}
         save_modules(core, modules, config.density, **about)
     shutil.rmtree(out.directory / "checkpoints", ignore_errors=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxforget.data.tokens import Examples
 from jaxforget.debiasing.differences import difference, fixed, gated, layout_of, sparse
@@ -28,7 +29,7 @@ from jaxforget.training.ensemble import MemberBatches, Members, member, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import OptimizerConfig, set_schedule
-from jaxforget.training.step import Trainable, make_step
+from jaxforget.training.step import State, Trainable, make_step
 from jaxforget.training.trainable import subset
 
 
@@ -80,6 +81,15 @@ class Learner(NamedTuple):
     shares: list[np.ndarray]  # of the classes of every attribute
     targets: tuple[tuple[int, ...], ...]  # for every module the attributes it takes out
     seed: int
+
+
+class Slots(NamedTuple):
+    """How members are fed and differentiated, where it is not the plain way: privately, say."""
+
+    batches: Sequence[Batches]  # of every member
+    gradient: Any = mean_gradient()  # as in training/step.py
+    noise: optax.GradientTransformation | None = None  # what gradients go through before the optimizer
+    prepare: Callable[[State], State] = lambda state: state  # completes the fresh states of all members
 
 
 class Gated(NamedTuple):
@@ -190,32 +200,36 @@ def _train(
     objective, trainable: Trainable, learners: Sequence[Learner], parts: list[dict[str, Any]], config: ModuleConfig,
     epochs: int, *, how: Members = "auto", checkpoints: Path | None = None,
     log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
-    density: Callable[[dict[str, Any]], list[float]] | None = None, **loop: Any,
+    density: Callable[[dict[str, Any]], list[float]] | None = None, slots: Slots | None = None, **loop: Any,
 ) -> list[tuple[dict[str, Any], Any]]:  # fmt: skip
     """Train all members; returns for each its parts on the host and what moved.
 
     how: members one after the other or side by side. log gets the metrics of every step, and once an epoch `density`.
-    loop: what else `fit` takes.
+    slots: plain ones if not given. loop: what else `fit` takes.
     """
     groups = module_groups(
         len(learners[0].targets), gate_rate=config.gate_rate / config.learning_rate,
         adversary_rate=config.adversary_rate / config.learning_rate, core_rate=config.core_rate / config.learning_rate,
     )  # fmt: skip
     settings = OptimizerConfig(schedule="constant", warmup=0.0, max_grad_norm=config.max_grad_norm)
-    step = make_step(objective, trainable, mean_gradient(), grouped(groups, settings))
+    optimizer = grouped(groups, settings)
+    if slots is None:
+        slots = Slots([Batches((Stream(one.examples, min(config.batch_size, len(one.examples))),), epochs, one.seed)
+                       for one in learners])  # fmt: skip
+    elif slots.noise is not None:
+        optimizer = optax.chain(slots.noise, optimizer)
+    step = make_step(objective, trainable, slots.gradient, optimizer)
     # A core that all members start from is held once; where it moves, each has its own among what moves.
     shared = all(part["model"] is parts[0]["model"] for part in parts)
     own = tuple(name for name in parts[0] if not (shared and name == "model"))
     lifted = members(step, how, own)
-    batches = MemberBatches(tuple(
-        Batches((Stream(one.examples, min(config.batch_size, len(one.examples))),), epochs, one.seed)
-        for one in learners
-    ))  # fmt: skip
+    batches = MemberBatches(tuple(slots.batches))
     own_K = jax.tree.map(lambda *x: np.stack(x), *({name: part[name] for name in own} for part in parts))
     key_K = jnp.stack([jax.random.key(one.seed) for one in learners])
     state, frozen = jax.jit(lifted.init)(key_K, parts[0] | own_K)
     rate_K = np.full(len(learners), config.learning_rate, np.float32)
     state = set_schedule(state, learning_rate=rate_K, total=np.asarray([one.steps for one in batches.members]))
+    state = slots.prepare(state)
     loop["log"] = log
 
     def watch(done, moving_K):

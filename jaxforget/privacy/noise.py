@@ -154,12 +154,14 @@ def band_coefficients(bands: int, steps: int) -> tuple[float, ...]:
 
 
 def set_privacy(state: State, *, bound: float, multiplier: float) -> State:
-    """Write the clipping bound C and the noise multiplier into a fresh state."""
+    """Write the clipping bound C and the noise multiplier into a fresh state, of one or of members side by side."""
 
     def write(node):
         if isinstance(node, ClipState):
-            return ClipState(jnp.float32(bound))
-        return node._replace(multiplier=jnp.float32(multiplier)) if isinstance(node, NoiseState) else node
+            return ClipState(jnp.full_like(node.bound, bound))
+        if isinstance(node, NoiseState):
+            return node._replace(multiplier=jnp.full_like(node.multiplier, multiplier))
+        return node
 
     is_ours = lambda node: isinstance(node, ClipState | NoiseState)  # noqa: E731
     return state._replace(

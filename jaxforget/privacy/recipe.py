@@ -60,6 +60,20 @@ def private_run(config: PrivacyConfig, train: TrainConfig, examples: Examples, s
     )  # fmt: skip
 
 
+def phase_batches(
+    run: PrivateRun, examples: Sequence[Examples], seeds: Sequence[int], epochs: int
+) -> list[PoissonBatches]:
+    """Return the batches of members in a part of a run, `epochs` long; members and parts need seeds of their own.
+
+    The run accounts for all of them together if its epochs are the sum of theirs. Not for correlated noise.
+    """
+    how = dataclasses.replace(run.mechanism, steps=epochs * run.mechanism.steps_per_epoch)
+    found = [dataclasses.replace(run.batches, examples=one, mechanism=how, seed=seed)
+             for one, seed in zip(examples, seeds, strict=True)]  # fmt: skip
+    most = max(one.units for one in found) if epochs else 1
+    return [dataclasses.replace(one, at_least=most) for one in found]
+
+
 def adaptive_multiplier(total: float, count_noise: float) -> float:
     """Return the multiplier left for gradients when a count with this noise is released too. Source: arXiv 1905.03871.
 

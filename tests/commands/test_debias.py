@@ -9,17 +9,24 @@ import jax
 import numpy as np
 import pytest
 import running
+from conftest import make_examples
 from shards import call, done
 
 import eval.leakage
 import train.debias
+import train.sisa
 from jaxforget.data.text import TextConfig
 from jaxforget.debiasing.composition import merged
 from jaxforget.debiasing.data import DataConfig, by_content, generated, read_sets, split_by_content
 from jaxforget.debiasing.modules import inspect, load_module
+from jaxforget.debiasing.run import Learner
+from jaxforget.debiasing.serving import Modular
 from jaxforget.errors import UserError
 from jaxforget.models import hub
 from jaxforget.models.adapters import digest
+from jaxforget.privacy.accounting import Mechanism, PrivacyConfig
+from jaxforget.privacy.recipe import private_run
+from jaxforget.training.optimizer import TrainConfig
 
 QUICK = ("--records", 160, "--epochs", 1, "--fixed-epochs", 1, "--task-epochs", 1, "--attack.epochs", 1,
          "--size.width", 16, "--size.layers", 1, "--size.heads", 2, "--size.vocab-size", 300)  # fmt: skip
@@ -111,6 +118,66 @@ def test_the_task_as_a_module(home, tmp_path):
     chex.assert_trees_all_equal(fresh, {name: again[name] for name in fresh})  # the backbone never moved
 
 
+# ----------------------------------------------------------------------------------------- with other methods
+
+
+@pytest.mark.slow
+def test_private_modules_state_one_promise_for_all_that_moved(home, tmp_path):
+    """Both phases of both modules are one mechanism; each drew records and noise of its own."""
+    out = tmp_path / "private"
+    done(train.debias, *QUICK, "--density", 0.05, "--core", home / "post/core", "--batch-size", 16, "--dp.noise", 1.5,
+         "--dp.delta", 1e-3, "--out", out)  # fmt: skip
+    lines = running.metrics(out)
+    units = {(stage, k): [line["units"][k] for line in lines if line["stage"] == stage and "units" in line]
+             for stage in ("gates0", "values0") for k in (0, 1)}  # fmt: skip
+    stated = {k.removeprefix("dp_"): v for k, v in running.row(out, "coast").items() if k[:3] == "dp_"}
+    assert stated["steps"] == sum(map(len, units.values())) and stated["sigma"] == 1.5
+    assert len(set(map(tuple, units.values()))) == 4
+    known = ("unit", "sampler", "population", "batch", "steps", "sigma", "clip", "delta", "cap")
+    assert stated["epsilon"] == pytest.approx(Mechanism(**{name: stated[name] for name in known}).epsilon())
+    for name in ("coast", "guild"):
+        module = load_module(out / f"modules/{name}.safetensors", digest(hub.load(home / "post/core")[1]))
+        assert module.about["privacy"] == stated and 0 < module.density <= 0.05
+        assert "seed" not in module.about  # who knows it can take the noise out again
+    assert "Differential privacy" in (out / "report.html").read_text()
+
+
+def test_no_two_phases_or_modules_share_a_draw():
+    rows = make_examples(96)
+    run = private_run(PrivacyConfig(noise=1.0, delta=1e-3), TrainConfig(epochs=6, batch_size=16), rows, 0, "record")
+    learners = [Learner(None, rows, [np.float32([0.2, 0.8])], ((0,),), 0)] * 2
+    phases = [train.debias.privately(run, learners, [0, 1], phase, epochs) for phase, epochs in ((0, 2), (1, 1))]
+    batches = [one for _, slots in phases for one in slots.batches]
+    assert sum(one.steps for one in batches) == run.mechanism.steps
+    draws = {tuple(map(tuple, one.draws[:6])) for one in batches}
+    seeds = {one.seed for members, _ in phases for one in members}
+    assert len(draws) == len(seeds) == 4 and seeds == {one.seed for one in batches}
+    assert len({one.units for one in phases[0][1].batches}) == 1  # one shape for the members of a phase
+    for members, _ in phases:
+        assert all(one.shares[0].tolist() == [0.5, 0.5] for one in members)  # shares of records are no secret
+
+
+@pytest.mark.slow
+def test_a_module_over_a_member_of_an_ensemble(tmp_path):
+    """What train.sisa leaves is a core; off is that member, bit for bit, and another member is another base."""
+    data = write(tmp_path / "reviews.jsonl", [{"text": r.text, **r.fields} for r in generated(160, 0)])
+    done(train.sisa, "--data", data, "--task", "classification", "--shards", 2, "--slices", 1, "--epochs", 1,
+         "--size.width", 16, "--size.layers", 1, "--size.heads", 2, "--size.context", 16, "--size.vocab-size", 300,
+         "--out", tmp_path / "ensemble")  # fmt: skip
+    one, two = sorted((tmp_path / "ensemble/members").iterdir())
+    done(train.debias, *QUICK[2:], "--data", data, "--attributes", "coast", "--density", 0.05, "--core", one,
+         "--out", tmp_path / "out")  # fmt: skip
+    model, params = hub.load(one)
+    modular = Modular(model, params, {"coast": load_module(tmp_path / "out/modules/coast.safetensors", digest(params))})
+    batch = {"tokens": np.arange(32, dtype=np.int32).reshape(4, 8), "length": np.full(4, 8, np.int32)}
+    before, on, off = (np.asarray(modular.logits(batch, names)) for names in ((), ("coast",), ()))
+    np.testing.assert_array_equal(before, off)
+    assert np.abs(on - off).max() > 0
+    chex.assert_trees_all_equal(modular.params(()), jax.tree.map(jax.numpy.asarray, params))
+    refused(call(eval.leakage, "--model", two, "--modules", tmp_path / "out/modules/coast.safetensors",
+                 "--out", tmp_path / "other"), "coast.safetensors was made for the base")  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------- data
 
 
@@ -160,6 +227,7 @@ def test_what_says_the_same_is_dealt_to_the_same_set():
 
 DATA = ("--data", "ids.jsonl", *TOKENS)
 TEXT = ("--data", "ids.jsonl", "--text-field", "ids", "--attributes", "gender", *QUICK)
+PRIVATE = ("--core", "{core}", "--dp.epsilon", 3)
 REFUSED = {
     "density_0": (("--density", 0), "--density is 0.0; it must be above 0 and at most 1"),
     "density_2": (("--density", 1.5), "--density is 1.5; it must be above 0 and at most 1"),
@@ -189,6 +257,14 @@ REFUSED = {
     "no_core": ((*TEXT, "--core", "./a/b/c"), "model directory ./a/b/c does not exist"),
     "core_of_other_classes": ((*TEXT, "--core", "{core}"), "has the label '0'; known are no, yes"),
     "core_without_token_ids": ((*DATA, "--core", "{core}"), "token_ids.json is missing"),
+    "private_core": (("--dp.epsilon", 3), "--dp.* makes modules private, not what they are trained for"),
+    "private_mmd": ((*PRIVATE, "--removal", "mmd"), "with --dp.* use adversarial or information"),
+    "private_balance": ((*PRIVATE, "--balance"), "--balance keeps a record or not for what others say"),
+    "private_cyclic": ((*PRIVATE, "--dp.sampler", "cyclic", "--dp.bands", 2), "--dp.sampler cyclic correlates"),
+    "private_groups": ((*PRIVATE, "--dp.groups", "modules/.*"), "--dp.groups names what moves"),
+    "private_estimator": ((*PRIVATE, "--dp.estimator", "ghost"), "--dp.estimator ghost cannot see sparse differences"),
+    "private_batch": ((*QUICK, *PRIVATE, "--batch-size", 500), "the batch of 500 records is larger than the data"),
+    "not_private": (("--dp.clip", 1), "--dp.* flags without --dp.epsilon or --dp.noise"),
     "one_set": (("--data", "ids.jsonl", *TOKENS, "--test", "ids.jsonl"), "--valid and --test go together"),
 }
 
