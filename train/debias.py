@@ -22,7 +22,7 @@ from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, tokenizer_texts
 from jaxforget.debiasing.composition import merged, sets_of, warnings, with_required
 from jaxforget.debiasing.data import DataConfig, encode_sets, read_sets
-from jaxforget.debiasing.differences import layout_of
+from jaxforget.debiasing.differences import budget, layout_of
 from jaxforget.debiasing.gates import GateConfig
 from jaxforget.debiasing.modules import from_places, inspect, load_modules, save_module
 from jaxforget.debiasing.objective import RemovalConfig
@@ -133,9 +133,13 @@ def run(config: Config) -> None:
     sets, names, text = read_sets(config.sets, config.text)
     if unlike := sorted({"core", TASK, "LEACE"} & set(names)):
         raise UserError(f"attribute {unlike[0]} has the name of something else; rename the column")
+    if unlike := [name for name in names if "/" in name]:
+        raise UserError(f"attribute {unlike[0]} cannot name a file; rename the column")
     start, vocabulary = start_of(config, sets, text)
     model, labels = start.model, start.model.config.labels
-    layout_of(model, config.module.differs)  # tells a pattern that matches nothing
+    size = layout_of(model, config.module.differs).size  # tells a pattern that matches nothing
+    for density in (config.density, *[config.task_density] * bool(config.task_density)):
+        budget(density, size)
     encoded = encode_sets(sets, names, text, model, start.tokenizer, vocabulary, command.say)
     testbed = Testbed(encoded, names, labels)
     private = private_modules(config, testbed) if config.dp.private else None

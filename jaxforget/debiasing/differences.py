@@ -81,7 +81,10 @@ def layout_of(model, patterns: tuple[str, ...] = (".*",)) -> Layout:
             raise UserError(f"gates pattern {pattern!r} matches no parameter; paths look like {leaves[0][0]!r}")
     chosen = sorted((path, leaf.shape) for path, leaf in leaves if any(re.fullmatch(p, path) for p in patterns))
     stacks = model.config.stacks
-    return Layout(*zip(*((path, shape, stacks.get(path.split("/")[0], 1)) for path, shape in chosen), strict=True))
+    found = Layout(*zip(*((path, shape, stacks.get(path.split("/")[0], 1)) for path, shape in chosen), strict=True))
+    if found.size >= 2**31:  # places are 32 bits
+        raise UserError(f"{found.size} parameters may differ; at most {2**31 - 1} can: name fewer by --differs")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- trainables
@@ -195,6 +198,15 @@ def _joined(frozen: Parts, moving: PyTree) -> Parts:
 
 
 # ------------------------------------------------------------------------------------------------- pruning
+def budget(density: float, size: int) -> int:
+    """Return how many of N parameters a module may change. Raises UserError unless it is one at least."""
+    if not 0 < density <= 1:
+        raise UserError(f"density is {density}; it must be above 0 and at most 1")
+    if not (count := round(density * size)):
+        raise UserError(f"density {density:g} of {size} parameters keeps none; give more")
+    return count
+
+
 def prune(value_N: np.ndarray, density: float, *, strict: bool = False) -> np.ndarray:
     """Return the places, int64 (P,), sorted, of the k = round(density * N) largest magnitudes that are not 0.
 
@@ -202,10 +214,8 @@ def prune(value_N: np.ndarray, density: float, *, strict: bool = False) -> np.nd
     magnitudes: the first places win, or with `strict`, as in the released code of arXiv 2205.15171, all are dropped
     that are not above the (k + 1)-th largest.
     """
-    if not 0 < density <= 1:
-        raise UserError(f"density is {density}; it must be above 0 and at most 1")
     size_N = np.abs(np.asarray(value_N))
-    k = round(density * len(size_N))
+    k = budget(density, len(size_N))
     if strict:
         cutoff = np.partition(size_N, len(size_N) - k - 1)[len(size_N) - k - 1] if k < len(size_N) else 0.0
         return np.flatnonzero(size_N > cutoff)
@@ -219,7 +229,7 @@ def sparse(value_N: np.ndarray, density: float, *, strict: bool = False) -> dict
     Every seed and attribute so runs in one program. Places beyond what was kept are N, N + 1, …: padding.
     """
     kept = prune(value_N, density, strict=strict)
-    count, size = round(density * len(value_N)), len(value_N)
+    count, size = budget(density, len(value_N)), len(value_N)
     place_P = np.concatenate([kept, size + np.arange(count - len(kept))]).astype(np.uint32)
     value_P = np.zeros(count, np.float32)
     value_P[: len(kept)] = np.asarray(value_N)[kept]

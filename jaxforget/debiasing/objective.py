@@ -70,7 +70,8 @@ def debiasing(
         total_B = nll(model.classify(params, x_BD), batch["label"])
         for j in attributes:
             attribute_B, share_C = batch["attributes"][:, j], parts["shares"][j]
-            weight_B = jnp.where(attribute_B < 0, 0.0, 1.0 / (len(share_C) * share_C[jnp.maximum(attribute_B, 0)]))
+            counts_B = (attribute_B >= 0) & (batch["weight"] > 0)
+            weight_B = jnp.where(counts_B, 1.0 / (len(share_C) * share_C[jnp.maximum(attribute_B, 0)]), 0.0)
             own_key = jax.random.fold_in(key, REMOVAL + j)
             total_B += removal(x_BD, attribute_B, weight_B, parts["adversary"][j], config.scale, own_key)
         return total_B

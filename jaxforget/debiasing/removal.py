@@ -3,8 +3,8 @@
     removal(x_BD, attribute_B, weight_B, heads, scale, key) -> losses_B
 
 x_BD: the pooled representation. attribute_B: classes. weight_B: 1 / (C * share of the class), so that classes count
-alike, and 0 where the attribute is unknown. scale: how much the model cares against its task. heads: of
-metrics/leakage_heads.py, which train in the same step. Shapes: B batch, D width, H heads, C classes.
+alike, and 0 where the attribute is unknown or the row is padding. scale: how much the model cares against its task.
+heads: of metrics/leakage_heads.py, which train in the same step. Shapes: B batch, D width, H heads, C classes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def information(x_BD, attribute_B, weight_B, heads, scale: float, key):
     learning = _cross_entropy(head_logp(heads, jax.lax.stop_gradient(x_BD), key), attribute_B)
     logp_HBC = head_logp(jax.lax.stop_gradient(heads), x_BD, key)
     kl_B = jnp.mean(jnp.sum(jnp.exp(logp_HBC) * (logp_HBC + jnp.log(logp_HBC.shape[-1])), axis=-1), axis=0)
-    return weight_B * learning + scale * jnp.where(weight_B > 0, kl_B, 0.0)
+    return weight_B * (learning + scale * kl_B)
 
 
 def mmd(x_BD, attribute_B, weight_B, heads, scale: float, key):

@@ -97,7 +97,7 @@ def gaps(
         jax.device_get(_group_metrics(predicted_N[known_N] == c, label_N[known_N] == c, group_N[known_N], groups))
         for c in (range(classes) if classes > 2 else [1])
     ]
-    worst = {name: max(float(one[name]) for one in found) for name in ("eo_max", "demographic_parity")}
+    worst = {name: float(np.max([one[name] for one in found])) for name in ("eo_max", "demographic_parity")}
     return {name: value if np.isfinite(value) else None for name, value in worst.items()}
 
 

@@ -231,6 +231,7 @@ PRIVATE = ("--core", "{core}", "--dp.epsilon", 3)
 REFUSED = {
     "density_0": (("--density", 0), "--density is 0.0; it must be above 0 and at most 1"),
     "density_2": (("--density", 1.5), "--density is 1.5; it must be above 0 and at most 1"),
+    "density_of_nothing": ((*QUICK, "--density", 1e-9), "density 1e-09 of 8400 parameters keeps none"),
     "density_nan": (("--density", "nan"), "--density is nan; it must be above 0 and at most 1"),
     "task_density": (("--task-density", "nan"), "--task-density is nan; it must be between 0, for none, and 1"),
     "gate_rate": (("--gate-rate", "nan"), "gate_rate is nan; it must be above 0 and finite"),
@@ -246,6 +247,7 @@ REFUSED = {
     "unknown_only": (("--data", "unknown.jsonl", *TOKENS), "attribute gender has no known value; two or more"),
     "one_value_to_test": ((*DATA, "--valid", "ids.jsonl", "--test", "one.jsonl"),
                           "in the test set attribute gender has the one value '0'"),
+    "slash": (("--data", "slash.jsonl", *TOKENS[:3], "--attributes", "a/b"), "attribute a/b cannot name a file"),
     "no_field": (("--data", "ids.jsonl", *TOKENS[:3], "--attributes", "age"), "has no attribute 'age'"),
     "no_label": (("--data", "ids.jsonl", *TOKENS, "--label-field", "class"), "field 'class' is missing"),
     "no_attributes": (("--data", "ids.jsonl", *TOKENS[:2]), "--attributes is missing"),
@@ -276,6 +278,7 @@ def test_refused_in_one_sentence(name, home, tmp_path, monkeypatch):
     write(tmp_path / "one.jsonl", tokens(gender="0"))
     write(tmp_path / "unknown.jsonl", tokens(gender="x"))
     write(tmp_path / "empty.jsonl", [])
+    write(tmp_path / "slash.jsonl", [row | {"a/b": row["gender"]} for row in tokens()])
     write(tmp_path / "words.jsonl", [row | {"ids": f"{row['ids']} and words"} for row in tokens()])
     flags, message = REFUSED[name]
     flags = [str(flag).format(core=home / "post/core") for flag in flags]

@@ -56,6 +56,21 @@ def test_the_layout_is_everything_but_the_head_in_the_order_of_paths():
         layout_of(MODEL, ("nothing",))
 
 
+def test_more_parameters_than_places_count_are_refused():
+    class Huge:
+        config = MODEL.config
+
+        @property
+        def headless(self):
+            return self
+
+        def shapes(self):
+            return {"embed": {"table": jax.ShapeDtypeStruct((1 << 20, 1 << 12), jnp.float32)}}
+
+    with pytest.raises(UserError, match="4294967296 parameters may differ; at most 2147483647"):
+        layout_of(Huge())
+
+
 @pytest.mark.parametrize("config", [PLAIN, STRUCTURED], ids=["plain", "structured"])
 def test_a_fresh_difference_is_the_model_itself_bit_for_bit(config):
     trainable = gated(LAYOUT, config, 2)
@@ -145,6 +160,11 @@ def test_the_budget_holds_and_what_is_kept_is_largest(density, strict):
 def test_impossible_densities_are_refused(density):
     with pytest.raises(UserError, match=f"density is {density}; it must be above 0 and at most 1"):
         prune(np.ones(10), density)
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(UserError, match="density 0.04 of 10 parameters keeps none"):
+        prune(np.ones(10), 0.04)
 
 
 # ----------------------------------------------------------------------------------------------- training

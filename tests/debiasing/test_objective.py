@@ -112,6 +112,17 @@ def test_information_is_zero_where_heads_cannot_tell_and_bounded_by_log_classes(
     chex.assert_trees_all_equal(learning, same)  # heads learn to predict, whatever the model wants
 
 
+def test_information_counts_classes_alike():
+    """A class that is a quarter of the rows weighs as much in what heads see as the other."""
+    x_BD, _, _, heads = random_case(16, classes=2)
+    y_B = jnp.asarray([0] * 4 + [1] * 12)
+    w_B = 1 / (2 * jnp.where(y_B == 0, 0.25, 0.75))
+    seen_B = information(x_BD, y_B, w_B, heads, 1.0, None) - information(x_BD, y_B, w_B, heads, 0.0, None)
+    p_HBC = np.exp(np.asarray(head_logp(heads, x_BD), np.float64))
+    kl_B = (p_HBC * np.log(2 * p_HBC)).sum(-1).mean(0)
+    assert float(seen_B.mean()) == pytest.approx((kl_B[:4].mean() + kl_B[4:].mean()) / 2, rel=1e-4)
+
+
 def test_mmd_by_pairs():
     x_BD, y_B, w_B, heads = random_case(12)
     x, y = np.asarray(x_BD, np.float64), np.asarray(y_B)
@@ -147,6 +158,18 @@ def test_rows_of_unknown_attribute_teach_the_task_alone(name):
         return objective(parts, changed, KEY)[8:] - nll(logits(PARAMS, changed), batch["label"])[8:]
 
     np.testing.assert_allclose(gradient(slice(0, 8)), gradient(slice(0, 0)), atol=1e-6)
+
+
+@each_removal
+def test_padding_changes_no_row(name):
+    """The last batch of an epoch repeats a row with weight 0."""
+    config = RemovalConfig(removal=name)
+    objective = jax.jit(debiasing(MODEL, config, ((0,),), gates=None))
+    batch = batch_of(8)
+    padded = {n: jnp.concatenate([x, jnp.broadcast_to(x[:1], (24, *x.shape[1:]))]) for n, x in batch.items()}
+    padded["weight"] = padded["weight"].at[8:].set(0.0)
+    blind = parts_of(config) | {"adversary": jax.tree.map(jnp.zeros_like, parts_of(config)["adversary"])}
+    np.testing.assert_allclose(objective(blind, padded, KEY)[:8], objective(blind, batch, KEY), rtol=1e-5)
 
 
 @each_removal
