@@ -284,7 +284,7 @@ def finish(config: Config, out: Run, datasets: list[Dataset], groups) -> None:
     for data in datasets:
         parts = sorted((out.directory / "cells").glob(f"{data.name}, seeds {groups[0][0]}-{groups[0][-1]}, *.json"))
         names = [file.stem.split(", ")[2] for file in parts]
-        names.sort(key=lambda name: (name != "core", not name.startswith("whole"), name != "post"))
+        names.sort(key=lambda name: (name != "core", not name.startswith("whole"), name != "post", name.count("+")))
         runs = []
         for seeds in groups:
             cells = [json.loads(cell_file(out.directory, data.name, seeds, name).read_text()) for name in names]
