@@ -86,17 +86,17 @@ class Config:
     """Draw the weights of --model anew: only its shape and tokenizer are used."""
     length: int = 64
     """Tokens of a sequence of text."""
-    sequences: int = 96
+    sequences: int = 64
     """Sequences of a domain; the mean in the unequal mix."""
     unlearned: int = 0
     """Sequences of a dataset that UnTrac unlearns; 0 is all."""
     splits: int = 3
     """Datasets made of each domain in part many."""
-    split_sequences: int = 24
+    split_sequences: int = 16
     """Sequences of each of them."""
-    subsets: int = 16
+    subsets: int = 8
     """Random halves of the datasets of part many, for the linear datamodeling score."""
-    query_rows: int = 16
+    query_rows: int = 12
     """Records of a query, and held-out sequences of a domain."""
     snapshots: int = 4
     """Parameters kept on the way of each full run, for TracIn."""
@@ -110,7 +110,7 @@ class Config:
 
 
 def default() -> Config:
-    """small models from scratch, three seeds"""
+    """small models from scratch, three seeds; about half an hour on two CPU cores, by estimate"""
     return Config()
 
 

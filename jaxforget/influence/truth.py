@@ -50,7 +50,7 @@ class TruthConfig:
     """How one program trains many models; auto is map on a CPU and vmap elsewhere."""
     width: int = 0
     """Runs in one program, which bounds memory; 0 is all."""
-    checkpoint_every: int = 0
+    checkpoint_every: int = 200
     """Steps between checkpoints; 0 is none on the way."""
 
     def __post_init__(self):

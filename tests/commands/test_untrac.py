@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import running
 from shards import call, done
+from test_resume import run_until
 
 import eval.influence
 import train.untrac
@@ -21,8 +22,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("untrac")
     done(train.untrac, *QUICK, "--snapshots", 2, "--methods", "untrac", "untrac_inv", "grad_dot", "tracin",
          "--settings", "untrac.every=5", "--out", home / "scores")  # fmt: skip
-    done(eval.influence, "--scores", home / "scores", "--truth", "retrain", "--retrain.seeds", 2, "--retrain.subsets", 4,
-         "--out", home / "judged")  # fmt: skip
+    done(eval.influence, "--scores", home / "scores", "--truth", "retrain", "--retrain.seeds", 2,
+         "--retrain.subsets", 4, "--out", home / "judged")  # fmt: skip
     return home
 
 
@@ -80,8 +81,6 @@ def test_resumed_after_a_kill(home, tmp_path):
 
     def half():
         return (tmp_path / "out/scores/untrac.npz").exists()
-
-    from test_resume import run_until
 
     assert run_until(half, "train.untrac", *flags)
     done(train.untrac, *flags)

@@ -1,6 +1,7 @@
 """Leaving datasets out: exact steps, paired runs, and nothing read that was left out."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -114,6 +115,30 @@ def test_the_models_of_full_runs_are_handed_out(tmp_path, truth):
         stacked = jax.tree.map(lambda x: x[None], model)
         losses = [set_losses(next_token(TOY), stacked, one).mean_K[0] for one in QUERIES.values()]
         np.testing.assert_allclose(truth.full_OQ[seed], losses, rtol=1e-6)
+
+
+def test_killed_and_resumed(truth, tmp_path):
+    """A run killed after its first checkpoint goes on from there, to the same bits; a finished group is left alone."""
+
+    class Killed(Exception):
+        pass
+
+    def show(progress):
+        if progress.step > 4:
+            raise Killed
+
+    settings = {"seeds": 2, "subsets": 3, "checkpoint_every": 4, "width": 7}
+    call = functools.partial(
+        retrain, next_token(TOY), params, TRAIN, QUERIES, TruthConfig(**settings), TRAINING, tmp_path
+    )
+    with pytest.raises(Killed):
+        call(show=show)
+    steps = []
+    again = call(log=lambda step, metrics: steps.append(step))
+    assert steps[0] == 5 and steps[6] == 1  # of the first group what was left, then the second
+    for field in ("full_OQ", "without_OKQ", "subset_OJQ"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(truth, field))
+    call(show=show)  # nothing left to do
 
 
 def test_saved_and_loaded(truth, tmp_path):
