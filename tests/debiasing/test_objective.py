@@ -160,16 +160,15 @@ def test_rows_of_unknown_attribute_teach_the_task_alone(name):
     np.testing.assert_allclose(gradient(slice(0, 8)), gradient(slice(0, 0)), atol=1e-6)
 
 
-@each_removal
-def test_padding_changes_no_row(name):
-    """The last batch of an epoch repeats a row with weight 0."""
-    config = RemovalConfig(removal=name)
+def test_padding_changes_no_row():
+    """The last batch of an epoch repeats a row with weight 0, which must not count where rows are compared."""
+    config = RemovalConfig(removal="mmd")
     objective = jax.jit(debiasing(MODEL, config, ((0,),), gates=None))
     batch = batch_of(8)
     padded = {n: jnp.concatenate([x, jnp.broadcast_to(x[:1], (24, *x.shape[1:]))]) for n, x in batch.items()}
     padded["weight"] = padded["weight"].at[8:].set(0.0)
-    blind = parts_of(config) | {"adversary": jax.tree.map(jnp.zeros_like, parts_of(config)["adversary"])}
-    np.testing.assert_allclose(objective(blind, padded, KEY)[:8], objective(blind, batch, KEY), rtol=1e-5)
+    parts = parts_of(config)
+    np.testing.assert_allclose(objective(parts, padded, KEY)[:8], objective(parts, batch, KEY), rtol=1e-5)
 
 
 @each_removal
@@ -231,6 +230,7 @@ def test_one_module_for_both_attributes_and_the_whole_model():
     assert float(jnp.abs(whole["model"]["score"]["kernel"]).max()) > 0
 
 
+@pytest.mark.slow
 def test_modules_of_two_attributes_train_side_by_side_over_a_frozen_core():
     """As members of one program, each with its attribute in the batch; as if trained alone, bit for bit under map."""
     step = step_of(
