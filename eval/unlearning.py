@@ -92,11 +92,12 @@ def default() -> Config:
 PRESETS = {"default": default}
 SETS = ("forget", "retain", "approximate", "general", "real_authors", "world_facts", "forget_questions",
         "retain_questions", "few_shot", "verbatim")  # fmt: skip
-TERMINAL = {"language": ("forget_nll", "approximate_nll", "retain_nll", "general_nll", "gap_to_retrained",
+# The first two stand on the terminal where there are several metrics, else all.
+TERMINAL = {"language": ("forget_nll", "retain_nll", "approximate_nll", "general_nll", "gap_to_retrained",
                          "mink40_auc"),
-            "tofu": ("forget_quality", "forget_quality_d", "tofu_model_utility_t2", "tofu_forget_probability",
+            "tofu": ("forget_quality", "tofu_model_utility_t2", "forget_quality_d", "tofu_forget_probability",
                      "tofu_forget_rouge"),
-            "memorisation": ("es", "em", "memorisation"), "membership": ("auc_min_k", "privleak", "privacy"),
+            "memorisation": ("es", "memorisation", "em"), "membership": ("auc_min_k", "privleak", "privacy"),
             "verbatim": ("verbmem",), "knowledge": ("knowmem_forget", "knowmem_retain", "utility_change"),
             "fluency": ("fluency",)}  # fmt: skip
 
@@ -141,7 +142,7 @@ def run(config: Config) -> None:
     document = out.finish(rows)
     report(out, document, metrics)
     fields = ["name", *(["overall"] if any("overall" in row for row in rows) else [])]
-    fields += [field for name in metrics for field in TERMINAL[name]]
+    fields += [field for name in metrics for field in TERMINAL[name][: 2 if len(metrics) > 1 else None]]
     shown = [field for field in fields if any(row.get(field) is not None for row in rows)]
     command.print_table(rows, shown, f"eval.unlearning · {out.directory}")
 

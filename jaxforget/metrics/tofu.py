@@ -169,7 +169,7 @@ def with_answers(records: Sequence[Record], field: str) -> list[Record]:
 
 def wrong_answers(records: Sequence[Record]) -> list[list[Record]]:
     """Return the records with their first wrong answer, then those with a second one, and so on."""
-    answers = [record.fields.get("perturbed_answer", []) for record in records]
+    answers = [wrong_texts(record) for record in records]
     for record, several in zip(records, answers, strict=True):
         if not isinstance(several, list) or not all(isinstance(answer, str) for answer in several):
             raise UserError(f"record {record.id!r}: field 'perturbed_answer' must be a list of strings")
@@ -179,11 +179,16 @@ def wrong_answers(records: Sequence[Record]) -> list[list[Record]]:
     ]
 
 
+def wrong_texts(record: Record) -> list[str]:
+    """Return what TOFU has in `perturbed_answer`, and the generated corpus in `perturbed_answers`."""
+    return record.fields.get("perturbed_answer", record.fields.get("perturbed_answers", []))
+
+
 def wrong_losses(evidence: Evidence, name: str, records: Sequence[Record]) -> list[np.ndarray]:
     """Return the losses of every item's wrong answers; NaN for one without a token to score."""
     wrong = wrong_answers(records)
     several = [mean_losses(evidence.scored[f"{name} perturbed {i}"], records) for i in range(len(wrong))]
     return [
-        np.asarray([loss_N[n] for loss_N in several[: len(record.fields.get("perturbed_answer", []))]])
+        np.asarray([loss_N[n] for loss_N in several[: len(wrong_texts(record))]])
         for n, record in enumerate(records)
     ]

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from conftest import Toy, make_examples
 
+from jaxforget.data import fictional
 from jaxforget.data.sampling import id_keys
+from jaxforget.data.sources import Record
 from jaxforget.data.text import TextConfig
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
@@ -94,6 +96,14 @@ def test_the_forget_truth_ratio_is_blind_to_the_direction():
     log_t = tofu.log_truth_ratio(*losses())[1]
     np.testing.assert_array_equal(tofu.forget_truth(log_t), tofu.forget_truth(-log_t))
     assert tofu.forget_truth(np.zeros(1))[0] == 1 and tofu.utility_truth(np.array([0.0, 1.0])).tolist() == [0, 0]
+
+
+def test_wrong_answers_of_tofu_and_of_the_generated_corpus():
+    records = fictional.generate(fictional.FictionalConfig(people=4, general_records=4, general_test_records=4))
+    first, *_ = tofu.wrong_answers(records["forget"])
+    assert [r.id for r in first] == [r.id for r in records["forget"]] and first[0].text != records["forget"][0].text
+    uneven = [Record("a", "x", "?", {"perturbed_answer": ["1", "2"]}), Record("b", "y", "?")]
+    assert [[(r.id, r.text) for r in part] for part in tofu.wrong_answers(uneven)] == [[("a", "1")], [("a", "2")]]
 
 
 def test_ks_of_a_sample_with_itself_and_under_monotone_maps():
