@@ -99,7 +99,7 @@ def test_the_forget_truth_ratio_is_blind_to_the_direction():
 
 
 def test_wrong_answers_of_tofu_and_of_the_generated_corpus():
-    records = fictional.generate(fictional.FictionalConfig(people=4, general_records=4, general_test_records=4))
+    records = fictional.generate(fictional.FictionalConfig(people=12, general_records=40, general_test_records=20))
     first, *_ = tofu.wrong_answers(records["forget"])
     assert [r.id for r in first] == [r.id for r in records["forget"]] and first[0].text != records["forget"][0].text
     uneven = [Record("a", "x", "?", {"perturbed_answer": ["1", "2"]}), Record("b", "y", "?")]
