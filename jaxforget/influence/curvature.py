@@ -46,7 +46,7 @@ def _add_product(objective):
         def product(vector):  # linearising once for all vectors takes more memory, and on a CPU no less time
             return jax.jvp(gradient, (at.model,), (vector,))[1]
 
-        return jax.tree.map(jnp.add, total_Q, jax.lax.map(product, vector_Q)), ()
+        return jax.tree.map(jnp.add, total_Q, gradients.each(product, vector_Q)), ()
 
     return visit
 
@@ -122,7 +122,8 @@ def _unsettled(change_IQ: np.ndarray, names: list[str]) -> tuple[str, ...]:
     notes = []
     if grew_Q.any():
         which = ", ".join(name for name, grew in zip(names, grew_Q, strict=True) if grew)
-        notes.append(f"LiSSA diverged for {which}: its updates grow; raise scale or damping, these scores mean nothing")
+        notes.append(f"LiSSA diverged for {which}: an eigenvalue of H / scale + damping is not between 0 and 2; these "
+                     "scores mean nothing; raise damping, or scale")  # fmt: skip
     if moves_Q.any():
         notes.append(f"LiSSA has not converged: the last of {len(change_IQ)} updates is up to "
                      f"{change_IQ[-1, moves_Q].max():.2g} as long as the gradient; take more iterations")  # fmt: skip

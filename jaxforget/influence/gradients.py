@@ -211,13 +211,18 @@ def some(tree_Q: PyTree, start: int, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, leaf: jnp.asarray(x[start : start + QUERIES], leaf.dtype), tree_Q, like)
 
 
+def each(function, tree_Q: PyTree):
+    """Apply a function to every gradient of a stack: one after the other on a CPU, side by side elsewhere."""
+    return jax.lax.map(function, tree_Q) if jax.default_backend() == "cpu" else jax.vmap(function)(tree_Q)
+
+
 @functools.cache
 def _derivatives(objective: Objective) -> Visit:
     def visit(carry, args, batch):
         at, direction_Q = args
         # Forward mode: no gradient of an example is ever formed.
         _, along = jax.linearize(lambda model: objective({**at.rest, "model": model}, batch, at.key), at.model)
-        return carry, jax.lax.map(along, direction_Q).T
+        return carry, each(along, direction_Q).T
 
     return visit
 
