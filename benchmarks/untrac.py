@@ -28,7 +28,6 @@ import jax
 import numpy as np
 import tyro
 
-from eval.influence import ceilings, compare
 from jaxforget import choice, command
 from jaxforget.data import behaviours, skills
 from jaxforget.data.sampling import id_keys, order
@@ -37,6 +36,7 @@ from jaxforget.data.text import TextConfig, encode, tokenizer_texts
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.influence import METHODS, Question
+from jaxforget.influence.comparison import ceilings, compare
 from jaxforget.influence.scores import Scores, heat_map, load, measure, peak_memory, save, scatter
 from jaxforget.influence.study import Study
 from jaxforget.influence.truth import Truth, TruthConfig, load_truth, retrain

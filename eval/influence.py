@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxforget import command
 from jaxforget.errors import UserError
-from jaxforget.influence.agreement import agreement, correlation, lds, noise_ceiling
+from jaxforget.influence.comparison import ceilings, compare
 from jaxforget.influence.scores import Scores, found, heat_map, load, scatter
-from jaxforget.influence.study import Study, StudyConfig, read_study
+from jaxforget.influence.study import Study, StudyConfig, read_study, settings_of
 from jaxforget.influence.truth import Truth, TruthConfig, load_truth, retrain
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, from_plain
-from train.untrac import run_config
+from jaxforget.report.run import Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +80,7 @@ def study_of(config: Config) -> tuple[StudyConfig, Study]:
     """Read the sets and the model that the first scores are of."""
     place = Path(config.scores[0])
     directory = place if place.is_dir() else place.parent.parent
-    settings = from_plain(StudyConfig, run_config(directory)["study"])
+    settings = settings_of(directory)
     if settings.model:
         raise UserError(
             f"{config.scores[0]} is of --model {settings.model}, whose training is not known; make scores of a model "
@@ -114,34 +112,6 @@ def matched(scores: Scores, truth: Truth) -> Scores:
     order = [scores.datasets.index(name) for name in truth.datasets], [scores.queries.index(n) for n in truth.queries]
     answer = dataclasses.replace(scores.answer, scores_KQ=scores.answer.scores_KQ[np.ix_(*order)])
     return scores._replace(answer=answer, datasets=truth.datasets, queries=truth.queries)
-
-
-def compare(scores: Scores, truth: Truth, top: int) -> dict[str, Any]:
-    """Give the row of a method: agreement with the mean truth over seeds, and with each query's."""
-    scores_KQ, truth_KQ = scores.answer.scores_KQ, truth.influence_OKQ.mean(axis=0)
-    row: dict[str, Any] = {"name": scores.method, **agreement(scores_KQ, truth_KQ, top)}
-    row["lds"] = None
-    if len(truth.kept_JK) > 2:
-        row["lds"] = float(lds(scores_KQ, truth.kept_JK, truth.subset_OJQ.mean(axis=0)).mean())
-    cost, whole = scores.answer.forward_tokens, truth.about.get("forward_tokens")
-    row |= {"seconds": scores.seconds, "memory_gb": scores.memory_gb, "forward_tokens": cost,
-            "cost_vs_truth": cost / whole if cost and whole else None}  # fmt: skip
-    for q, query in enumerate(truth.queries):
-        one = correlation(scores_KQ[:, q], truth_KQ[:, q])
-        row |= {f"{field}_{query}": one[field] for field in ("pearson", "pearson_low", "pearson_high", "spearman")}
-    return row
-
-
-def ceilings(truth: Truth) -> list[dict[str, Any]]:
-    """Give rows of what the truth reaches against itself: a perfect method, and another seed of retraining."""
-    linear, ranked = noise_ceiling(truth.influence_OKQ), noise_ceiling(truth.influence_OKQ, ranks=True)
-    cost = {"seconds": truth.about.get("seconds"), "forward_tokens": truth.about.get("forward_tokens")}
-    return [
-        {"name": "noise ceiling", "pearson": linear["ceiling"], "spearman": ranked["ceiling"], **cost,
-         "cost_vs_truth": 1.0, "split_half": linear["split_half"], "reliability": linear["reliability"]},
-        {"name": "truth, one seed against the others", "pearson": linear["one_vs_rest"],
-         "spearman": ranked["one_vs_rest"]},
-    ]  # fmt: skip
 
 
 def report(config: Config, out: Run, everyone: list[Scores], truth: Truth) -> None:

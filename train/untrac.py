@@ -9,7 +9,6 @@ OUT/scores holds a file a method; `eval.influence` compares them with retraining
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -212,17 +211,6 @@ def curves_of(scores: Scores):
         axes.legend(fontsize=6, frameon=False)
 
     return draw
-
-
-def run_config(directory: Path) -> dict[str, Any]:
-    """Read the settings of a finished run. Raises UserError where there is none."""
-    try:
-        about = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        if about["command"] == "train.untrac":
-            return about["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{directory} is no --out of train.untrac")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 with Q_A the eigenvectors of the mean of a a^T, of what comes into the kernel, Q_S those of b b^T, of the gradient at
 what comes out, and h the gradient of an example's mean loss a token. Other parameters (norms, biases, tables, kernels
 that are too wide) have the diagonal of F. Sources: arXiv 1806.03884; for influence, arXiv 2308.03296, with lambda 0.1
-times the mean of Lambda. There labels are drawn from the model. An objective gives no logits to draw from, so here they
-are those of the data: F is the empirical Fisher, as in fisher.py, without its products between layers.
+times the mean of Lambda. Labels are drawn from the model, as there, by `question.drawn`. Without it they are those of
+the data: F is then the empirical Fisher, as in fisher.py, without its products between layers.
 Shapes: B examples of a microbatch, D and F inputs and outputs of a kernel, M positions of a batch, L layers.
 """
 
@@ -50,13 +50,14 @@ class EKFAC:
         at, (train, _) = gradients.point(question), gradients.sets(question)
         batch = gradients.sample(concatenate(list(train.values())), self.fisher_examples, question.seed)
         leaves, treedef = jax.tree.flatten(at.model)
-        kinds = _kinds(question.objective, at, batch, self.widest)
+        objective = question.drawn or question.objective
+        kinds = _kinds(objective, at, batch, self.widest)
         spec = Spec(self.microbatch)
         zeros = [_zero_factors(leaf, kind) for leaf, kind in zip(leaves, kinds, strict=True)]
-        factors, _ = gradients.sweep(_add_factors(question.objective, spec), zeros, at, batch, self.microbatch)
+        factors, _ = gradients.sweep(_add_factors(objective, spec), zeros, at, batch, self.microbatch)
         bases = [_eigenvectors(one) for one in factors]
         zeros = [jnp.zeros_like(leaf) for leaf in leaves]
-        squares, _ = gradients.sweep(_add_squares(question.objective), zeros, (at, bases), batch, self.microbatch)
+        squares, _ = gradients.sweep(_add_squares(objective), zeros, (at, bases), batch, self.microbatch)
         wanted_Q = gradients.query_gradients(question, at, self.microbatch)
         parts = zip(jax.tree.leaves(wanted_Q), squares, bases, kinds, strict=True)
         direction_Q = treedef.unflatten([self._divide(*part, len(batch)) for part in parts])

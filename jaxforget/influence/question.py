@@ -34,6 +34,7 @@ class Question:
     checkpoints: tuple[tuple[float, Any], ...] = ()  # learning rate and parts["model"], for TracIn
     chance: float = float("inf")  # loss of a uniform guess: the log of the vocabulary's size
     anchored: Objective | None = None  # the objective where stream 0, elsewhere KL to parts["reference"]
+    drawn: Objective | None = None  # the objective with labels that the model draws, for EK-FAC
 
     @functools.cached_property
     def query_losses(self) -> dict[str, SetLosses]:

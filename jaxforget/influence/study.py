@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.influence.question import Question
-from jaxforget.training.objectives import next_token, next_token_with_kl
+from jaxforget.report.run import from_plain
+from jaxforget.training.objectives import drawn_token, next_token, next_token_with_kl
 from jaxforget.training.optimizer import TrainConfig
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
 
@@ -49,6 +51,17 @@ class StudyConfig:
     size: SizeConfig = SizeConfig(width=64, context=64, vocab_size=512)
 
 
+def settings_of(directory: Path) -> StudyConfig:
+    """Read what a run of train.untrac asked about. Raises UserError where there is none."""
+    try:
+        about = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        if about["command"] == "train.untrac":
+            return from_plain(StudyConfig, about["config"]["study"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{directory} is no --out of train.untrac")
+
+
 class Study(NamedTuple):
     """What `StudyConfig` says, read."""
 
@@ -65,7 +78,7 @@ class Study(NamedTuple):
         model = self.start.model
         anchored = next_token_with_kl(model) if model.config.head == "causal" else None
         return Question(self.objective, {"model": params}, self.train, self.queries, seed, checkpoints,
-                        math.log(model.vocab_size), anchored)  # fmt: skip
+                        math.log(model.vocab_size), anchored, drawn_token(model))  # fmt: skip
 
 
 def read_study(config: StudyConfig, tell: Callable[[str], None]) -> Study:

@@ -41,6 +41,23 @@ def next_token(model):
 
 
 @functools.cache
+def drawn_token(model):
+    """next_token with every label replaced by what the model itself draws there, the text before it being the real one.
+
+    The gradients have mean 0 and the Fisher information as covariance. The draws are a function of `draw_B`.
+    """
+
+    def losses(parts, batch, key):
+        logits_BTV = model.batch_logits(parts["model"], batch).astype(jnp.float32)
+        draw = jax.vmap(lambda draw, logits_TV: jax.random.categorical(jax.random.key(draw), logits_TV))
+        drawn_BT = draw(batch["draw"], jax.lax.stop_gradient(logits_BTV))
+        logp_BT, scored_BT = token_logp(logits_BTV, jnp.where(batch["labels"] != IGNORED, drawn_BT, IGNORED))
+        return batch["factor"] * -sequence_mean(logp_BT, scored_BT)
+
+    return losses
+
+
+@functools.cache
 def classification(model):
     """Negative log-likelihood of the class: losses_B = factor_B * -log p(label_B), in nats."""
 

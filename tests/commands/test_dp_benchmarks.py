@@ -36,7 +36,8 @@ def test_every_level_takes_the_settings_that_validation_prefers(home, in_process
     out = in_process(benchmarks.dp_utility, "out", *flags).out
     document = running.results(out)
     tried, first, second = document["tried"], *document["by_seed"]
-    assert len(tried) == 2 + 2 * 2 and [row["name"] for row in document["results"]] == ["before fine-tuning", "no DP", "ε=8"]
+    assert len(tried) == 2 + 2 * 2
+    assert [row["name"] for row in document["results"]] == ["before fine-tuning", "no DP", "ε=8"]
     for level in ("no DP", "ε=8"):
         best = min((row for row in tried if row["level"] == level), key=lambda row: row["validation_nll"])
         mine = [row for row in (*first, *second) if row["level"] == level]

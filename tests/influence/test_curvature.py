@@ -151,6 +151,8 @@ def test_ekfac_is_its_formula():
         expected += part(lambda t, i=layer: t["blocks"]["kernel"][:, i], factor["blocks"][layer])
     np.testing.assert_allclose(EKFAC(fisher_examples=0).answer(question).scores_KQ, expected, rtol=1e-7)
 
+    silent = dataclasses.replace(question, drawn=lambda parts, batch, key: 0.0 * question.objective(parts, batch, key))
+    assert not EKFAC(fisher_examples=0).answer(silent).scores_KQ.any()  # F is of the drawn labels where there are some
     diagonal = sum(part(pick, None) for pick in (
         lambda t: t["in"]["bias"], lambda t: t["in"]["kernel"], lambda t: t["out"]["kernel"],
         *(lambda t, i=i: t["blocks"]["kernel"][:, i] for i in range(dense.LAYERS)),

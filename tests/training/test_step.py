@@ -12,7 +12,7 @@ from jaxforget.errors import UserError
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.ensemble import members
 from jaxforget.training.gradients import mean_gradient
-from jaxforget.training.objectives import next_token, next_token_with_kl
+from jaxforget.training.objectives import drawn_token, next_token, next_token_with_kl
 from jaxforget.training.optimizer import OptimizerConfig, TrainConfig, adamw, schedule, set_schedule
 from jaxforget.training.step import Trainable, make_run, make_step
 from jaxforget.training.trainable import everything, subset
@@ -247,3 +247,24 @@ def test_kl_stream_reads_the_reference_and_vanishes_at_it():
     np.testing.assert_allclose(at_reference[:4], plain[:4], rtol=1e-6)
     moved = next_token_with_kl(TOY)({"model": model, "reference": other}, batch, KEY)
     assert (moved[4:] > 0).all()
+
+
+def test_drawn_labels_follow_the_model():
+    """Gradients have mean 0 and the Fisher information as covariance: along a direction, the variance of log p."""
+    model, draws = TOY.init(KEY), 4000
+    tokens_BT = jnp.tile(jnp.array([[1, 4, 2, 7]]), (draws, 1))
+    batch = {"tokens": tokens_BT, "labels": jnp.tile(jnp.array([[4, -100, 3, -100]]), (draws, 1)),
+             "draw": jnp.arange(draws, dtype=jnp.uint32), "factor": jnp.ones(draws)}  # fmt: skip
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(5), x.shape), model)
+    along = jax.jit(lambda batch: jax.jvp(lambda m: drawn_token(TOY)({"model": m}, batch, KEY), (model,), (direction,)))
+    losses_B, slope_B = along(batch)
+    logits_TV, moved_TV = jax.jvp(lambda m: TOY.logits(m, tokens_BT[:1])[0], (model,), (direction,))
+    p_TV = jax.nn.softmax(logits_TV)
+    spread_T = jnp.sum(p_TV * jnp.square(moved_TV - jnp.sum(p_TV * moved_TV, axis=-1, keepdims=True)), axis=-1)
+    entropy_T = -jnp.sum(p_TV * jnp.log(p_TV), axis=-1)
+    variance = (spread_T[0] + spread_T[2]) / 4  # of the mean of two independent draws
+    assert abs(slope_B.mean()) < 4 * jnp.sqrt(variance / draws)
+    np.testing.assert_allclose(slope_B.var(), variance, rtol=0.15)
+    np.testing.assert_allclose(losses_B.mean(), (entropy_T[0] + entropy_T[2]) / 2, rtol=0.03)
+    back = jax.tree.map(lambda x: x[::-1], batch)
+    np.testing.assert_array_equal(along(back)[0][::-1], losses_B)  # a draw goes with its example
