@@ -54,7 +54,7 @@ class Config:
 
 
 def default() -> Config:
-    """four generated datasets, a model of 0.1 M parameters from scratch; about a minute on two CPU cores"""
+    """five generated datasets, a model of 0.1 M parameters from scratch; about a minute on two CPU cores"""
     # At 3e-5 UnTrac destroys so small a model, and at 1e-3 UnTrac-Inv does.
     training = TrainConfig(epochs=1, batch_size=4, learning_rate=1e-3)
     return Config(settings=("untrac.learning_rate=1e-5", "untrac_inv.learning_rate=5e-4"),

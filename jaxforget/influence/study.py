@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-from jaxforget.data import skills
+from jaxforget.data import kinds, skills
 from jaxforget.data.sources import Record, content_id
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.data.tokens import Examples
@@ -33,10 +33,11 @@ class StudyConfig:
     """Training datasets, each as NAME=FILE. Not given: the generated corpus."""
     test: tuple[str, ...] = ()
     """Queries, each as NAME=FILE: sets whose loss is to be traced."""
-    generated: Literal["A", "B"] = "A"
-    """Corpus that is generated without --train: A counts, B deletes characters, see data/skills.py."""
+    generated: Literal["kinds", "A", "B"] = "kinds"
+    """Corpus that is generated without --train: five kinds of text with a query of each (data/kinds.py), or the paper's
+    study, where sets share a skill or a form with one test (data/skills.py): A counts, B deletes characters."""
     rows: int = skills.ROWS
-    """Records of each generated set."""
+    """Records of each generated set, at most."""
     model: str | None = None
     """The model that was trained on all datasets, as a Hugging Face directory or hub name. Not given: train it."""
     base: str | None = None
@@ -92,9 +93,13 @@ def read_study(config: StudyConfig, tell: Callable[[str], None]) -> Study:
         train, test = ({name: read(file, config.text) for name, file in part.items()} for part in files.values())
         texts = [text for records in train.values() for text in tokenizer_texts(records, config.text)]
     else:
-        train, test = skills.generate(config.generated, config.rows)
-        texts = [text for sets in map(skills.generate, skills.CORPORA) for part in sets for records in part.values()
-                 for text in tokenizer_texts(records, config.text)]  # fmt: skip
+        if config.generated == "kinds":
+            train, test = kinds.generate(config.rows)
+            known = [train]
+        else:
+            train, test = skills.generate(config.generated, config.rows)
+            known = [part for corpus in skills.CORPORA for part in skills.generate(corpus)]  # one tokenizer for both
+        texts = [text for part in known for records in part.values() for text in tokenizer_texts(records, config.text)]
     for sentence in overlaps(train, test):
         tell(sentence)
     start = start_from(config.model or config.base, tokenizer_name=config.tokenizer, size=config.size,

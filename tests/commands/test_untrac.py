@@ -13,7 +13,7 @@ import train.untrac
 from jaxforget.influence.scores import load
 from jaxforget.influence.truth import load_truth
 
-QUICK = ("--preset", "smoke", "--rows", 12)
+QUICK = ("--preset", "smoke", "--generated", "A", "--rows", 12)
 SETS = ("sim_same", "sim_diff", "dis_same", "dis_diff")
 
 
@@ -127,6 +127,7 @@ REFUSED = {
     "tracin": (("--methods", "tracin"), "tracin needs --snapshots"),
     "both": (("--model", "m", "--base", "m"), "--model and --base exclude each other"),
     "rows": (("--rows", 0), "rows is 0"),
+    "rows of kinds": (("--generated", "kinds", "--rows", 0), "rows is 0"),
 }
 
 
