@@ -125,6 +125,16 @@ class Model:
         """Return `logits` of the columns of a batch: tokens, and length and segments where it has them."""
         return self.logits(params, batch["tokens"], batch.get("length"), batch.get("segments"))
 
+    def stream(self, params: Params, batch: Mapping[str, Any], blocks: int) -> jax.Array:
+        """Return the residual stream (B, T, D) in dtype after this many blocks; the others are not computed.
+
+        params: may end with these blocks. For models that are one stack of blocks.
+        """
+        T = batch["tokens"].shape[1]
+        place = Place(jnp.arange(T, dtype=jnp.int32)[None], self.config.causal, batch.get("length"),
+                      batch.get("segments"))  # fmt: skip
+        return self._run(params, batch["tokens"], place, length=T, reach=T, blocks=blocks)[0]
+
     @property
     def headless(self) -> Model:
         """Give the same model without its head: `logits` is then the last hidden state."""
@@ -198,7 +208,7 @@ class Model:
         seen = [np.minimum(t, window or length).mean() for window in self.config.windows]
         return float(2 * weights + 4 * N * H * sum(seen))
 
-    def _run(self, params, tokens_BT, place: Place, *, length, reach: int, cache=None, read_B=None):
+    def _run(self, params, tokens_BT, place: Place, *, length, reach: int, cache=None, read_B=None, blocks=None):
         family = family_of(self.config.model_type)
         top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k != "blocks"})
         bind = functional(family.BLOCKS["blocks"], self.config)[1]
@@ -210,7 +220,12 @@ class Model:
         layers_L = {"cache": cache, "window": self._windows(reach), "scale": self.config.scales}
         if layers_L["scale"] is not None:
             layers_L["scale"] = np.asarray(layers_L["scale"], np.float32)
-        x_BTD, cache = run_blocks(body, x_BTD, params["blocks"], layers_L, scan=self.scan_layers, remat=self.remat)
+        stack_L = params["blocks"]
+        if blocks is not None:
+            stack_L, layers_L = jax.tree.map(lambda x: x[:blocks], (stack_L, layers_L))
+        x_BTD, cache = run_blocks(body, x_BTD, stack_L, layers_L, scan=self.scan_layers, remat=self.remat)
+        if blocks is not None:
+            return x_BTD, cache
         if read_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, read_B[:, None, None], axis=1)
         return top.finish(x_BTD, place), cache

@@ -21,12 +21,14 @@ Weighting = Literal["sequence", "token"]
 class Stream(NamedTuple):
     """Examples that fill `rows` rows of every batch.
 
-    factor: coefficient of the stream's mean loss in the loss of the batch; negative ascends.
+    factor: coefficient of the stream's mean loss in the loss of the batch; negative ascends. weighting: of this stream
+    alone; None is that of the batches.
     """
 
     examples: Examples
     rows: int
     factor: float = 1.0
+    weighting: Weighting | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +135,8 @@ class Batches:
             padded, epoch_B = np.pad(chosen, extra, constant_values=chosen[0]), np.pad(epoch_R, extra)
             part = {name: column[padded] for name, column in stream.examples.columns.items()}
             real_B = np.arange(stream.rows) < len(chosen)
-            share_B = (part["labels"] != IGNORED).sum(axis=1) if self.weighting == "token" else 1
+            by_token = (stream.weighting or self.weighting) == "token"
+            share_B = (part["labels"] != IGNORED).sum(axis=1) if by_token else 1
             part["weight"] = (real_B * share_B).astype(np.float32)
             # 32 bits of each: what devices hold, and enough.
             part["draw"] = (hash64(self.seed, epoch_B, part["key"], 1) >> np.uint64(32)).astype(np.uint32)
