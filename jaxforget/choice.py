@@ -10,14 +10,21 @@ from typing import Any
 from jaxforget.errors import UserError
 
 
-def choose(table: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Look up methods by name, in the order given; `all` is every row. Raises UserError listing the valid names."""
+def choose(
+    table: Mapping[str, Any], names: Sequence[str], groups: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Any]:
+    """Look up methods by name, in the order given; `all` is every row, a group is several.
+
+    Raises UserError listing the valid names.
+    """
+    groups = {"all": tuple(table), **(groups or {})}
     if "all" in names:
         return dict(table)
-    for name in names:
+    chosen = [one for name in names for one in groups.get(name, (name,))]
+    for name in chosen:
         if name not in table:
-            raise UserError(f"unknown method {name!r}; valid methods are all, {', '.join(table)}")
-    return {name: table[name] for name in names}
+            raise UserError(f"unknown method {name!r}; valid methods are {', '.join((*groups, *table))}")
+    return {name: table[name] for name in chosen}
 
 
 def adjust(methods: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

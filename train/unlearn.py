@@ -8,30 +8,33 @@ but the forget set, then runs every method. `--forget F --retain F` does the sam
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 from jaxforget import command
 from jaxforget.data import fictional
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
-from jaxforget.data.tokens import Examples, concatenate
+from jaxforget.data.tokens import concatenate
 from jaxforget.errors import NonFiniteLoss, UserError
 from jaxforget.models import hub
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.lora import LoraConfig, moving_parts
 from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import finished, train_stage
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_causal, start_from
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
-from jaxforget.unlearning import METHODS, Method, Setting, adjust, choose
-from jaxforget.unlearning.ascent_descent import retain_rows
+from jaxforget.unlearning import METHODS, PAPER, Method, Setting, adjust, check_setting, choose
 from jaxforget.unlearning.page import TERMINAL, YARDSTICKS, verdict, write_report
+from jaxforget.unlearning.retain import retain_rows
 from jaxforget.unlearning.run import sample, unlearn, watched_losses
 from jaxforget.unlearning.scoring import gaps, score
 
@@ -44,8 +47,9 @@ class Config:
     """Directory for everything the run leaves; runs/<command>-<time> when not given. Must be empty."""
     resume: bool = False
     """Continue the run in --out; settings must be the same."""
-    methods: tuple[str, ...] = ("all",)
-    """Names from jaxforget/unlearning/__init__.py, or all."""
+    methods: tuple[str, ...] = ("paper",)
+    """Names from METHODS in jaxforget/unlearning/__init__.py; paper is the seven of arXiv 2402.15159, all is every
+    one."""
     settings: tuple[str, ...] = ()
     """Method settings as method.field=value, such as ascent_descent_indist.retain_weight=2."""
     model: str | None = None
@@ -76,6 +80,9 @@ class Config:
     stop_at: Literal["approximate", "retrained", "never"] = "approximate"
     """Stop a method once its forget loss reaches: the original model's loss on the approximate set; the retrained
     model's on the forget set (an oracle, for measurements only); never, all epochs are run."""
+    trainable: tuple[str, ...] = ()
+    """Unlearn in parameters whose path matches one of these regular expressions alone, such as blocks/mlp/down/.*."""
+    lora: LoraConfig = LoraConfig(rank=0)
     evaluate_every: int = 4
     """Unlearning steps between measurements of the sets (curves, and the stopping rule)."""
     curve_records: int = 128
@@ -95,7 +102,7 @@ class Config:
 def default() -> Config:
     """100 fictional people, a model of 0.3 M parameters, seven methods; about two minutes on two CPU cores"""
     # The paper's 1:1 mix harms the retained people by 15 to 30 % at every rate tried: docs/experiments.md.
-    mixed = [name for name, method in METHODS.items() if method.needs]
+    mixed = [name for name in PAPER if METHODS[name].needs]
     twice = [f"{name}.{field}" for name in mixed
              for field in ("retain_ratio=2", f"retain_weight={2 * METHODS[name].forget_weight:g}")]  # fmt: skip
     return Config(settings=tuple(twice))
@@ -122,10 +129,10 @@ def run(config: Config) -> None:
     methods = adjust(methods, tuple(settings))
     check(config, methods)
     out = Run("train.unlearn", config, config.out, config.resume)
-    start, sets, retrained = prepare(config, methods)
+    start, setting, retrained = prepare(config, methods)
     out.begin()
     seeds = range(config.seed, config.seed + config.seeds)
-    rows = over_seeds([one_seed(config, out, start, sets, retrained, methods, seed) for seed in seeds])
+    rows = over_seeds([one_seed(config, out, start, setting, retrained, methods, seed) for seed in seeds])
     document = out.finish(rows)
     write_report(out.directory / "report.html", "Unlearning against retraining", rows,
                  _curves(out, config.seed), document["config"])  # fmt: skip
@@ -139,7 +146,7 @@ def check(config: Config, methods: dict[str, Method]) -> None:
     config.train.microbatch_of(config.train.batch_size)
     forget_rows = config.unlearning.batch_size
     for method in methods.values():
-        mixed = [retain_rows(method, forget_rows)] if hasattr(method, "retain_ratio") else []
+        mixed = [retain_rows(method, forget_rows)] if method.needs else []
         config.unlearning.microbatch_of(forget_rows, *mixed)
     for rate in config.learning_rates:
         dataclasses.replace(config.unlearning, learning_rate=rate)
@@ -157,8 +164,11 @@ def check(config: Config, methods: dict[str, Method]) -> None:
             )
 
 
-def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str, Examples], Any]:
-    """Read and tokenise every set, load the starting model and the parameters of --retrained, or raise UserError."""
+def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, Setting, Any]:
+    """Read and tokenise every set, load the starting model and the parameters of --retrained, or raise UserError.
+
+    The setting has neither the parameters to unlearn from nor the seed's cache yet.
+    """
     names = ("forget", "retain", "approximate", "general", "general_test")
     given = {name: getattr(config, name) for name in names if getattr(config, name)}
     if given or config.model or config.base:
@@ -175,10 +185,6 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str
         raise UserError("--model and --base exclude each other; --model is unlearned as it is, --base is trained first")
     if config.retrained and not config.model:
         raise UserError("--retrained goes with --model; without --model the yardstick is trained here")
-    for name, method in methods.items():
-        for needed in method.needs:
-            if needed not in records:
-                raise UserError(f"method {name} needs --{needed}")
     for other in ("retain", "approximate"):
         shared = {record.id for record in records["forget"]} & {record.id for record in records.get(other, ())}
         if shared:
@@ -191,23 +197,32 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, dict[str
         texts=texts,
     )  # fmt: skip
     require_causal(start.model, config.model or config.base)
-    sets = {
-        name: encode(part, start.tokenizer, config.text, context=start.model.max_length, where=name, tell=command.say)
-        for name, part in records.items()
-    }
+    moving = moving_parts(config.trainable, config.lora)
+    jax.eval_shape(moving.init, jax.random.key(0), {"model": start.model.shapes()})  # tells what matches nothing
+
+    def tokens(records, where, tell=command.say):
+        return encode(records, start.tokenizer, config.text, context=start.model.max_length, where=where, tell=tell)
+
+    setting = Setting(
+        start.model, None, {name: tokens(part, name) for name, part in records.items()}, config.unlearning.batch_size,
+        config.seed, tuple(sorted(set(start.tokenizer.all_special_ids))), start.tokenizer.pad_token_id,
+        records["forget"], start.tokenizer, functools.partial(tokens, where="other answers", tell=lambda message: None),
+    )  # fmt: skip
+    for name, method in methods.items():
+        check_setting(method, name, setting)
     retrained = None
     if config.retrained:
         model, retrained = hub.load(config.retrained)
         if model.config != start.model.config:
             raise UserError(f"--retrained {config.retrained} is another architecture than --model {config.model}")
-    return start, sets, retrained
+    return start, setting, retrained
 
 
 def one_seed(
-    config: Config, out: Run, start: Start, sets, retrained, methods: dict[str, Method], seed: int
+    config: Config, out: Run, start: Start, setting: Setting, retrained, methods: dict[str, Method], seed: int
 ) -> list[dict]:
     """Train or load the two models, run every method, and return the rows `original`, `retrained`, then the methods."""
-    home = out.directory / f"seed{seed}"
+    home, sets = out.directory / f"seed{seed}", setting.sets
     scored = {name: sets[name] for name in ("forget", "approximate", "retain") if name in sets}
     if "general" in sets or "general_test" in sets:
         scored["general"] = sets.get("general_test", sets.get("general"))
@@ -231,10 +246,7 @@ def one_seed(
     if target is None and config.stop_at != "never":
         command.say(f"--stop-at {config.stop_at} needs that set or model, which is not given; all epochs are run")
 
-    setting = Setting(
-        model, original, sets, config.unlearning.batch_size, seed,
-        special_ids=tuple(sorted(set(start.tokenizer.all_special_ids))), pad_id=start.tokenizer.pad_token_id,
-    )  # fmt: skip
+    setting = setting._replace(params=original, seed=seed, cache=home / "reference")
     rows = [first, *([yardstick] if yardstick else [])]
     for name, method in methods.items():
         try:
@@ -293,8 +305,9 @@ def best_rate(config: Config, out: Run, start: Start, setting, home, name, metho
         stage = name if len(rates) == 1 else f"{name}@{rate:g}"
         try:
             params, cost = run_stage(
-                out, home, setting.seed, stage, unlearn, method, setting, config.unlearning, learning_rate=rate,
-                watched=watched, target=target, evaluate_every=config.evaluate_every,
+                out, home, setting.seed, stage, unlearn, method, setting, config.unlearning,
+                moving_parts(config.trainable, config.lora), learning_rate=rate, watched=watched, target=target,
+                evaluate_every=config.evaluate_every,
                 curve=lambda step, losses, stage=stage: out.log(stage, step, {"seed": setting.seed, **losses}),
                 save_tokenizer=start.save_tokenizer, checkpoint_every=config.checkpoint_every,
             )  # fmt: skip

@@ -1,16 +1,30 @@
 """Approximate unlearning: one file a method, one row in METHODS.
 
-The rows named `_indist` and `_general` differ only in the set that supplies the retain text.
+The rows named `_indist` and `_general` differ only in the set that supplies the retain text. PAPER are the seven of
+Yao et al. (arXiv 2402.15159); the others are those of OpenUnlearning (arXiv 2506.12618), with its defaults, and MUSE's
+task vector.
 """
+
+from collections.abc import Sequence
 
 from jaxforget import choice
 from jaxforget.choice import adjust
 from jaxforget.unlearning.adversarial_samples import AdversarialSamples
 from jaxforget.unlearning.ascent_descent import AscentDescent
 from jaxforget.unlearning.ascent_kl import AscentKL
+from jaxforget.unlearning.ceu import CEU
+from jaxforget.unlearning.dpo import DPO
 from jaxforget.unlearning.gradient_ascent import GradientAscent
+from jaxforget.unlearning.idk_nll import IdkNLL
+from jaxforget.unlearning.npo import NPO
+from jaxforget.unlearning.pdu import PDU
 from jaxforget.unlearning.random_labels import RandomLabels
-from jaxforget.unlearning.recipe import Method, Recipe, Setting
+from jaxforget.unlearning.recipe import Method, Recipe, Setting, check_setting
+from jaxforget.unlearning.rmu import RMU
+from jaxforget.unlearning.simnpo import SimNPO
+from jaxforget.unlearning.task_vector import TaskVector
+from jaxforget.unlearning.undial import Undial
+from jaxforget.unlearning.weighted_ascent import WGA, SatImp
 
 METHODS: dict[str, Method] = {
     "gradient_ascent": GradientAscent(),
@@ -20,12 +34,26 @@ METHODS: dict[str, Method] = {
     "ascent_descent_general": AscentDescent(retain_set="general"),
     "ascent_kl_indist": AscentKL(retain_set="retain"),
     "ascent_kl_general": AscentKL(retain_set="general"),
+    "npo": NPO(),
+    "simnpo": SimNPO(),
+    "dpo": DPO(),
+    "idk_dpo": DPO(prefer="refusal"),
+    "alt_po": DPO(prefer="generated", field="alternative_answer"),
+    "idk_nll": IdkNLL(),
+    "rmu": RMU(),
+    "undial": Undial(),
+    "wga": WGA(),
+    "satimp": SatImp(),
+    "ceu": CEU(),
+    "pdu": PDU(),
+    "task_vector": TaskVector(),
 }
+PAPER = tuple(METHODS)[:7]
 
 
-def choose(names: tuple[str, ...]) -> dict[str, Method]:
-    """Look up methods by name; see `jaxforget.choice`."""
-    return choice.choose(METHODS, names)
+def choose(names: Sequence[str]) -> dict[str, Method]:
+    """Look up methods by name; `paper` is the first seven. See `jaxforget.choice`."""
+    return choice.choose(METHODS, names, {"paper": PAPER})
 
 
-__all__ = ["METHODS", "Method", "Recipe", "Setting", "adjust", "choose"]
+__all__ = ["METHODS", "PAPER", "Method", "Recipe", "Setting", "adjust", "check_setting", "choose"]

@@ -14,6 +14,7 @@ import dataclasses
 from jaxforget.training.batches import Stream
 from jaxforget.training.objectives import next_token
 from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.retain import retain_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,3 @@ def mixed_streams(config, setting: Setting) -> tuple[Stream, ...]:
         Stream(setting.sets["forget"], setting.rows, -config.forget_weight),
         Stream(setting.sets[config.retain_set], retain_rows(config, setting.rows), config.retain_weight),
     )
-
-
-def retain_rows(config, forget_rows: int) -> int:
-    """Return the retain rows of a batch with this many forget rows."""
-    return max(1, round(config.retain_ratio * forget_rows))

@@ -34,4 +34,5 @@ class AscentKL:
 
     def recipe(self, setting: Setting) -> Recipe:
         objective = next_token_with_kl(setting.model)
-        return Recipe(mixed_streams(self, setting), objective, reference=True, reference_streams=(1,))
+        parts = {"reference": setting.params}
+        return Recipe(mixed_streams(self, setting), objective, parts, reference_streams=(1,))

@@ -63,7 +63,7 @@ def _trade_off(axes, rows, utility) -> None:
     for index, row in enumerate(rows):
         x, y = row["forget_nll"], row[f"{utility}_nll"]
         style = {"original": ("s", "black", 60), "retrained": ("*", "#c0392b", 190)}.get(row["name"])
-        marker, color, size = style or ("o", f"C{index % 10}", 45)
+        marker, color, size = style or ("o^vD"[index // 10 % 4], f"C{index % 10}", 45)
         axes.errorbar(x, y, xerr=row.get("forget_nll_ci95"), yerr=row.get(f"{utility}_nll_ci95"), color=color, lw=1)
         axes.scatter(x, y, marker=marker, color=color, s=size, label=row["name"], zorder=3)
     highest = max(max(row["forget_nll"], row[f"{utility}_nll"]) for row in rows)
@@ -82,7 +82,8 @@ def _curves(axes, curves, rows, name) -> None:
         tried = f"{stage}@{row['learning_rate']:g}" if row.get("learning_rate") else None  # the rate that was kept
         points = [(line["step"], line[field]) for line in curves if line["stage"] in (stage, tried) and field in line]
         if points and stage not in YARDSTICKS:
-            axes.plot(*zip(*points, strict=True), color=f"C{index % 10}", label=stage, lw=1.4)
+            style = ("-", "--", ":")[index // 10 % 3]
+            axes.plot(*zip(*points, strict=True), color=f"C{index % 10}", ls=style, label=stage, lw=1.4)
             top = max(top, *(value for _, value in points))
     target = next((row[field] for row in rows if row["name"] == "retrained" and row.get(field) is not None), None)
     if target is not None:

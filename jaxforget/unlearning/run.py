@@ -9,13 +9,13 @@ from typing import Any
 from jaxforget.data.sampling import order
 from jaxforget.data.tokens import Examples
 from jaxforget.metrics.language import language_metrics, token_scores
+from jaxforget.models.layers import merge
 from jaxforget.training.batches import Batches
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import train_stage
-from jaxforget.training.step import make_step
-from jaxforget.training.trainable import everything
-from jaxforget.unlearning.recipe import Method, Setting
+from jaxforget.training.step import Trainable, make_step
+from jaxforget.unlearning.recipe import Method, Setting, moves, optimized
 
 
 def unlearn(
@@ -23,6 +23,7 @@ def unlearn(
     method: Method,
     setting: Setting,
     config: TrainConfig,
+    moving: Trainable,
     *,
     learning_rate: float,
     watched: Mapping[str, Examples],
@@ -33,6 +34,7 @@ def unlearn(
 ) -> tuple[Any, dict[str, Any]]:
     """Unlearn and save the model in `directory`; a finished directory is loaded instead.
 
+    moving: what of the model moves: all of it, a subset, adapters, a sparse difference.
     watched: sets measured every `evaluate_every` steps and handed to `curve` as <set>_nll. target: stop once the
     watched forget loss reaches it, nats a token; None runs all epochs. Further arguments go to `train_stage`.
     Returns (params, record); the record adds the last watched losses to what a stage records.
@@ -41,13 +43,17 @@ def unlearn(
     recipe = method.recipe(setting)
     rows = [stream.rows for stream in recipe.streams]
     gradient = mean_gradient(config.microbatch_of(*rows))
-    step = make_step(recipe.objective, everything(), gradient, adamw(config))
-    parts = {"model": setting.params, **({"reference": setting.params} if recipe.reference else {})}
+    optimizer = adamw(config)
+    if recipe.optimizers or recipe.finish:
+        moving = moves(moving, tuple(recipe.optimizers), recipe.finish)
+        optimizer = optimized(optimizer, tuple(recipe.optimizers.items()))
+    step = make_step(recipe.objective, moving, gradient, optimizer)
+    parts = {"model": setting.params, **recipe.parts}
     batches = Batches(recipe.streams, config.epochs, setting.seed)
     last: dict[str, float] = {}
 
     def evaluate(step: int, parts) -> bool:
-        last.update(watched_losses(model, parts["model"], watched))
+        last.update(watched_losses(model, merge(parts["model"]), watched))
         curve(step, dict(last))
         return target is not None and last["forget_nll"] >= target
 

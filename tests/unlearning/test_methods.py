@@ -1,4 +1,4 @@
-"""The seven methods of Yao et al. (arXiv 2402.15159): their formulas on closed-form logits, and shared promises."""
+"""What every row of METHODS promises, and the labels that two of them draw."""
 
 import dataclasses
 
@@ -7,176 +7,168 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Toy, make_examples
+import toys
+from conftest import make_examples
+from toys import MODEL, OTHER, PARAMS, SETS, SETTING, compiled, evaluate, first_batch, forward, mean_loss, prepared
 
+from jaxforget.data.tokens import IGNORED
 from jaxforget.errors import UserError
-from jaxforget.training.batches import Batches
-from jaxforget.training.gradients import mean_gradient
-from jaxforget.training.objectives import kl_divergence, next_token, sequence_mean, token_logp
-from jaxforget.unlearning import METHODS, Setting, choose
+from jaxforget.models.layers import merge
+from jaxforget.training.objectives import next_token
+from jaxforget.unlearning import METHODS, PAPER, check_setting, choose
 from jaxforget.unlearning.adversarial_samples import adversarial_labels
 from jaxforget.unlearning.random_labels import random_labels
 
-TOY = Toy()
-PARAMS = TOY.init(jax.random.key(0))
-SETS = {
-    "forget": make_examples(8, seed=1, prefix="f"),
-    "retain": make_examples(12, seed=2, prefix="r"),
-    "general": make_examples(10, seed=3, prefix="g", width=6),
-}
-SETTING = Setting(TOY, PARAMS, SETS, rows=4, seed=0, special_ids=(0,), pad_id=0)
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # a loss alone; terms of both signs cancel
+every_method = pytest.mark.parametrize("name", METHODS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Logits 2 sin(0.7 b + 1.3 t + 0.9 v + 0.13 t v + shift): the closed form of the golden values."""
+@every_method
+def test_neither_padding_on_the_right_nor_jit_changes_anything(name):
+    def wide(examples):
+        return examples.widen({"tokens": 13, "labels": 13})
 
-    max_length: int = 6
-    vocab_size: int = 7
-
-    def batch_logits(self, params, batch):
-        b, t, v = np.ogrid[:2, :6, :7]
-        return jnp.asarray(2 * np.sin(0.7 * b + 1.3 * t + 0.9 * v + 0.13 * t * v), jnp.float32) + 0 * params["zero"]
-
-    def shifted(self, shift):
-        b, t, v = np.ogrid[:2, :6, :7]
-        return jnp.asarray(2 * np.sin(0.7 * b + 1.3 * t + 0.9 * v + 0.13 * t * v + shift), jnp.float32)
+    setting = SETTING._replace(sets={key: wide(examples) for key, examples in SETS.items()},
+                               encode=lambda records: wide(toys.encode(records)))  # fmt: skip
+    recipe = METHODS[name].recipe(setting)
+    batch = first_batch(recipe)
+    losses_B = recipe.objective({"model": OTHER, **recipe.parts}, batch, jax.random.key(1))
+    np.testing.assert_allclose(mean_loss(losses_B, batch), evaluate(name)[0], **CLOSE)
 
 
-def text(rows, real):
-    """Plain text as the released code labels it: every real token after the first is predicted."""
-    tokens = np.array(rows, np.int32)
-    labels = np.full_like(tokens, -100)
-    for n, length in enumerate(real):
-        labels[n, : length - 1] = tokens[n, 1:length]
-    return tokens, labels
+@every_method
+def test_what_no_label_reaches_changes_nothing(name):
+    """Tokens in the padding, and all that a row of weight 0 holds: bit for bit."""
+    _, batch = prepared(name)
+    loss, grads = evaluate(name)
+    changed = dict(batch)
+    for kind in ("", "preferred_"):
+        if f"{kind}tokens" in batch:
+            scored_BT = batch[f"{kind}labels"] != IGNORED
+            after_BT = np.cumsum(scored_BT[:, ::-1], axis=1)[:, ::-1] == 0  # no label from here on
+            after_BT[:, 1:] &= after_BT[:, :-1]  # the last labelled token itself stands one further
+            changed[f"{kind}tokens"] = np.where(after_BT, 7, batch[f"{kind}tokens"])
+    assert (changed["tokens"] != batch["tokens"]).any()
+    chex.assert_trees_all_equal(evaluate(name, batch=changed), (loss, grads))
+
+    without = {**batch, "weight": batch["weight"] * (np.arange(len(batch["weight"])) % 4 != 1)}
+    absurd = dict(without)
+    for column in ("reference_logp", "preferred_reference_logp"):
+        if column in batch:
+            absurd[column] = np.where(without["weight"] > 0, batch[column], 1e30).astype(np.float32)
+    absurd["tokens"] = np.where(without["weight"][:, None] > 0, batch["tokens"], 9)
+    chex.assert_trees_all_equal(evaluate(name, batch=absurd), evaluate(name, batch=without))
 
 
-FORGET = text([[1, 2, 3, 4, 5, 6], [2, 1, 5, 6, 0, 0]], [6, 4])
-RETAIN = text([[5, 3, 1, 2, 6, 0], [4, 5, 3, 4, 6, 0]], [5, 5])
-
-
-@pytest.mark.parametrize(
-    "shift, labels, expected",
-    [
-        (0.0, FORGET[1], [2.375147612112154, 2.0974108118434978]),
-        (2.0, RETAIN[1], [2.9403064734548585, 1.7547612262482284]),
-    ],
-)
-def test_sequence_losses_are_golden(shift, labels, expected):
-    logp, scored = token_logp(Table().shifted(shift), labels)
-    np.testing.assert_allclose(-sequence_mean(logp, scored), expected, rtol=1e-6)  # float32
-
-
-def test_gradient_ascent_value_is_golden():
-    table = Table()
-    batch = {"tokens": FORGET[0], "labels": FORGET[1], "factor": np.float32([-1, -1]), "weight": np.float32([1, 1])}
-    report, _ = mean_gradient()(next_token(table), {"model": {"zero": jnp.zeros((1, 1, 1))}}, batch, None)
-    assert float(report["loss"]) == pytest.approx(-2.236279211977826, rel=1e-6)
-
-
-def test_ascent_descent_value_is_golden():
-    # The released trainer on forget sequence 0 and retain sequence 1, factors -1 and +1: -0.3101931929319628.
-    forget, retain = (
-        -sequence_mean(*token_logp(Table().shifted(s), labels)) for s, labels in ((0.0, FORGET[1]), (2.0, RETAIN[1]))
-    )
-    method = METHODS["ascent_descent_indist"]
-    value = -method.forget_weight * forget[0] + method.retain_weight * retain[1]
-    assert float(value) == pytest.approx(-0.3101931929319628, rel=1e-5)
-
-
-def test_kl_is_golden_and_the_released_form_differs_by_the_reference_entropy():
-    reference, student = Table().shifted(2.3), Table().shifted(2.0)
-    scored = RETAIN[1] != -100
-    kl_BT = kl_divergence(reference, student)
-    assert float(kl_BT[scored].mean()) == pytest.approx(0.06117536845052944, rel=1e-5)
-    p = jax.nn.softmax(reference)
-    cross_BT = -(p * jnp.log(jax.nn.softmax(student) + 1e-12)).sum(-1)  # as released
-    entropy_BT = -(p * jax.nn.log_softmax(reference)).sum(-1)
-    np.testing.assert_allclose(cross_BT - kl_BT, entropy_BT, rtol=1e-5)
-    assert float(cross_BT[scored].mean()) == pytest.approx(1.4269148474379498, rel=1e-6)
-
-
-# Every method
-
-
-def loss_and_gradient(name, params=PARAMS, sets=SETS, rows=4):
-    recipe = METHODS[name].recipe(SETTING._replace(sets=sets, rows=rows))
-    batches = Batches(recipe.streams, 1, 0)
-    batch = {key: value[0] for key, value in batches.take(0, 1, 1).items()}
-    rest = {"reference": PARAMS} if recipe.reference else {}
-
-    def losses(model, batch, key):
-        return recipe.objective({"model": model, **rest}, batch, key)
-
-    return mean_gradient()(losses, params, batch, None), batch, losses
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_padding_on_the_right_changes_nothing(name):
-    (report, grads), _, _ = loss_and_gradient(name)
-    wide = {key: examples.widen({"tokens": 13, "labels": 13}) for key, examples in SETS.items()}
-    (wide_report, wide_grads), _, _ = loss_and_gradient(name, sets=wide)
-    chex.assert_trees_all_close((report, grads), (wide_report, wide_grads), rtol=1e-5, atol=1e-6)  # float32 sums
-
-
-@pytest.mark.parametrize("name", METHODS)
+@every_method
 def test_losses_are_per_example(name):
-    """Permuting rows permutes losses; per-example gradients sum to the batch gradient."""
-    _, batch, losses = loss_and_gradient(name)
+    """The order of rows does not matter, and rows that weigh twice count as if they stood there twice."""
+    _, batch = prepared(name)
     order = np.random.default_rng(0).permutation(len(batch["weight"]))
     permuted = {key: value[order] for key, value in batch.items()}
-    np.testing.assert_allclose(losses(PARAMS, permuted, None), losses(PARAMS, batch, None)[order], rtol=1e-5, atol=1e-6)
-    one = lambda example: jax.grad(lambda p: losses(p, jax.tree.map(lambda x: x[None], example), None)[0])(PARAMS)  # noqa: E731
-    grads_B = jax.vmap(one)(jax.tree.map(jnp.asarray, batch))
-    mean = jax.tree.map(lambda g: g.mean(axis=0), grads_B)
-    (_, whole), _, _ = loss_and_gradient(name)
-    chex.assert_trees_all_close(mean, whole, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(evaluate(name, batch=permuted), evaluate(name), **ROUNDING)
+    one, other = (dict(batch, weight=batch["weight"] * (np.arange(len(order)) % 2 == rest)) for rest in (0, 1))
+    shares = [half["weight"].sum() / batch["weight"].sum() for half in (one, other)]
+    halves = [jax.tree.map(lambda x, share=share: x * share, evaluate(name, batch=half))
+              for half, share in zip((one, other), shares, strict=True)]  # fmt: skip
+    chex.assert_trees_all_close(jax.tree.map(jnp.add, *halves), evaluate(name), **ROUNDING)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_raises_the_forget_loss(name):
-    """A small step along the method's own gradient makes the forget set less likely."""
-    batch = {**SETS["forget"].columns, "factor": np.ones(8, np.float32)}
-    forget_loss = jax.jit(lambda p: next_token(TOY)({"model": p}, batch, None).mean())
-    learned = PARAMS
-    for _ in range(100):  # a model that has not learned the set has nothing to unlearn
-        learned = jax.tree.map(lambda p, g: p - 0.3 * g, learned, jax.jit(jax.grad(forget_loss))(learned))
-    (_, grads), _, _ = loss_and_gradient(name, params=learned, rows=8)
-    stepped = jax.tree.map(lambda p, g: p - 0.02 * g, learned, grads)
-    assert float(forget_loss(stepped)) > float(forget_loss(learned))
+@every_method
+def test_members_change_nothing(name):
+    recipe, batch = prepared(name)
+    both = jax.tree.map(lambda *x: jnp.stack(x), PARAMS, OTHER)
+    losses_KB = forward(recipe.objective, "members")(both, dict(recipe.parts), batch)
+    for losses_B, params in zip(losses_KB, (PARAMS, OTHER), strict=True):
+        np.testing.assert_allclose(mean_loss(losses_B, batch), evaluate(name, params)[0], **CLOSE)
+
+
+@every_method
+@pytest.mark.parametrize("how", toys.MOVING)
+def test_adapters_and_sparse_differences_take_any_method(name, how):
+    """A model with a moved part has the loss of the same parameters written out."""
+    recipe, batch = prepared(name)
+    trainable = toys.MOVING[how]
+    moving, frozen = trainable.init(jax.random.key(5), {"model": OTHER, **recipe.parts})
+    moved = jax.tree.map(lambda x: x + 0.3 * np.cos(np.arange(x.size).reshape(x.shape)).astype(np.float32), moving)
+    parts = trainable.combine(frozen, moved, jax.random.key(0))
+    model = parts.pop("model")
+    losses_B = forward(recipe.objective)(model, {key: parts[key] for key in recipe.parts}, batch)
+    written_out = jax.tree.map(np.asarray, merge(model))
+    assert not np.allclose(written_out["blocks"]["mix"]["kernel"], OTHER["blocks"]["mix"]["kernel"])
+    np.testing.assert_allclose(mean_loss(losses_B, batch), evaluate(name, written_out)[0], **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """The model once it knows the forget set: one that does not has nothing to unlearn."""
+    batch = {**SETS["forget"].columns, "factor": np.ones(8, np.float32), "key": 0}
+
+    def loss(params):
+        return next_token(MODEL)({"model": params}, batch, None).mean()
+
+    def down(_, params):
+        return jax.tree.map(lambda p, g: p - 0.3 * g, params, jax.grad(loss)(params))
+
+    params = jax.jit(lambda params: jax.lax.fori_loop(0, 150, down, params))(PARAMS)
+    return jax.tree.map(np.asarray, params), jax.jit(loss)
+
+
+# Distillation towards refusals and towards flat or random states says nothing about the first step.
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("idk_nll", "rmu", "pdu")])
+def test_the_first_step_raises_the_forget_loss(name, learned):
+    params, loss = learned
+    recipe = METHODS[name].recipe(SETTING._replace(params=params))
+    _, grads = compiled(recipe.objective)(params, dict(recipe.parts), first_batch(recipe))
+    size = 0.05 / max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+    stepped = jax.tree.map(lambda p, g: p - size * g, params, grads)
+    if recipe.finish:
+        stepped = recipe.finish({"model": stepped, **recipe.parts})
+    assert float(loss(stepped)) > float(loss(params)) + 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs])
-def test_zero_retain_weight_leaves_scaled_ascent(name):
-    method = dataclasses.replace(METHODS[name], forget_weight=1.0, retain_weight=0.0)
-    recipe = method.recipe(SETTING)
-    batch = {key: value[0] for key, value in Batches(recipe.streams, 1, 0).take(0, 1, 1).items()}
-    parts = {"model": PARAMS, "reference": PARAMS}
-    mixed = mean_gradient()(lambda m, b, k: recipe.objective({**parts, "model": m}, b, k), PARAMS, batch, None)[1]
-    (_, ascent), _, _ = loss_and_gradient("gradient_ascent")
-    chex.assert_trees_all_close(mixed, ascent, rtol=1e-5, atol=1e-7)
+def test_an_empty_retain_set_is_refused(name):
+    method = METHODS[name]
+    sets = {**SETS, method.needs[0]: SETS["retain"].take([])}
+    with pytest.raises(UserError, match="^(the retain set|the general set|a training set) is empty[^.]*$"):
+        toys.Batches(method.recipe(SETTING._replace(sets=sets)).streams, 1, 0)
+    with pytest.raises(UserError, match=f"^method {name} needs --{method.needs[0]}$"):
+        check_setting(method, name, SETTING._replace(sets={"forget": SETS["forget"]}))
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if hasattr(method, "retain_weight")])
+def test_weights_of_0_leave_the_other_term(name):
+    """L(w_f, w_r) = w_f L(1, 0) + w_r L(0, 1)."""
+    results = []
+    for forget, retain in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0)):
+        method = dataclasses.replace(METHODS[name], forget_weight=forget, retain_weight=retain)
+        if name == "pdu":
+            method = dataclasses.replace(method, epsilon=0.25)
+        recipe = method.recipe(SETTING)
+        assert len(recipe.streams) == (1 if not method.needs else 2)
+        batch = first_batch(recipe)
+        results.append(mean_loss(forward(recipe.objective)(OTHER, dict(recipe.parts), batch), batch))
+    assert results[2] == pytest.approx(2.0 * results[0] + 3.0 * results[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ascent_kl_indist", "ascent_kl_general"])
 def test_kl_has_no_gradient_at_the_reference(name):
-    method = dataclasses.replace(METHODS[name], forget_weight=0.0)
-    recipe = method.recipe(SETTING)
-    batch = {key: value[0] for key, value in Batches(recipe.streams, 1, 0).take(0, 1, 1).items()}
-    grads = mean_gradient()(
-        lambda m, b, k: recipe.objective({"model": m, "reference": PARAMS}, b, k), PARAMS, batch, None
-    )[1]
+    recipe = dataclasses.replace(METHODS[name], forget_weight=0.0).recipe(SETTING)
+    _, grads = compiled(recipe.objective)(PARAMS, dict(recipe.parts), first_batch(recipe))
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads)) < 1e-6  # rounding of p - q
 
 
 def test_ascent_is_descent_with_the_factor_turned():
-    (ascent, up), batch, losses = loss_and_gradient("gradient_ascent")
-    turned = dict(batch, factor=-batch["factor"])
-    descent, down = mean_gradient()(losses, PARAMS, turned, None)
-    assert float(ascent["loss"]) == -float(descent["loss"])
+    _, batch = prepared("gradient_ascent")
+    ascent, up = evaluate("gradient_ascent")
+    descent, down = evaluate("gradient_ascent", batch=dict(batch, factor=-batch["factor"]))
+    assert float(ascent) == -float(descent)
     chex.assert_trees_all_equal(up, jax.tree.map(jnp.negative, down))
 
 
+# ---------------------------------------------------------------------------------------------------- labels
 def test_random_labels_are_fixed_uniform_and_keep_special_tokens():
     examples = make_examples(400, seed=4)
     labels = random_labels(examples, 11, 0, special_ids=(3,)).columns["labels"]
@@ -194,29 +186,59 @@ def test_random_labels_are_fixed_uniform_and_keep_special_tokens():
 
 def test_adversarial_labels_are_the_best_wrong_tokens():
     examples = SETS["forget"]
-    chosen = adversarial_labels(TOY, PARAMS, examples, forbidden_id=0, batch=3)
+    chosen = adversarial_labels(MODEL, PARAMS, examples, forbidden_id=0, batch=3)
     true, scored = examples.columns["labels"], examples.scored
     assert (chosen[scored] != true[scored]).all() and (chosen[scored] != 0).all()
-    logits = np.asarray(TOY.logits(PARAMS, examples.columns["tokens"])).copy()
+    logits = np.asarray(MODEL.batch_logits(PARAMS, examples.columns)).copy()
     logits[..., 0] = -np.inf
     np.put_along_axis(logits, np.where(scored, true, 0)[..., None], -np.inf, axis=-1)
     np.testing.assert_array_equal(chosen[scored], logits.argmax(-1)[scored])
-    assert (chosen[~scored] == -100).all()
+    assert (chosen[~scored] == IGNORED).all()
 
 
 def test_released_adversarial_alignment_is_another_labelling():
     examples = SETS["forget"]
-    ours, released = (adversarial_labels(TOY, PARAMS, examples, released=flag) for flag in (False, True))
+    ours, released = (adversarial_labels(MODEL, PARAMS, examples, released=flag) for flag in (False, True))
     assert (ours != released).any()
     # The sample from position j + 1, forbidding the token read there, supervises position j.
-    logits = np.asarray(TOY.logits(PARAMS, examples.columns["tokens"])).copy()
+    logits = np.asarray(MODEL.batch_logits(PARAMS, examples.columns)).copy()
     np.put_along_axis(logits, examples.columns["tokens"][..., None], -np.inf, axis=-1)
     best = logits.argmax(-1)
     scored = examples.scored
     np.testing.assert_array_equal(released[:, :-1][scored[:, :-1]], best[:, 1:][scored[:, :-1]])
 
 
-def test_unknown_methods_are_named_with_the_valid_ones():
-    with pytest.raises(UserError, match="gradient_descent.*gradient_ascent.*ascent_kl_general"):
+# --------------------------------------------------------------------------------------------------- choosing
+def test_methods_are_chosen_by_name():
+    with pytest.raises(UserError, match="gradient_descent.*all, paper, gradient_ascent.*ascent_kl_general"):
         choose(("gradient_descent",))
-    assert list(choose(("all",))) == list(METHODS) and len(METHODS) == 7
+    assert list(choose(("all",))) == list(METHODS)
+    assert tuple(choose(("paper",))) == PAPER and len(PAPER) == 7 and "npo" not in PAPER
+    assert list(choose(("npo", "paper"))) == ["npo", *PAPER]
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("npo", {"beta": 0.0}, "beta is 0.0; it must be above 0"),
+    ("wga", {"beta": -1.0}, "beta is -1.0; it must be 0 or above"),
+    ("simnpo", {"retain_weight": -1.0}, "retain_weight is -1.0"),
+    ("undial", {"retain_loss": "activations"}, "retain_loss is 'activations'; use one of nll, kl"),
+    ("rmu", {"retain_loss": "all"}, "use one of activations, nll, kl"),
+    ("dpo", {"prefer": "refuse"}, "use one of field, refusal, generated"),
+    ("npo", {"retain_set": "approximate"}, "use one of retain, general"),
+    ("pdu", {"retain_loss": "kl"}, "epsilon is 0"),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(name, change, words):
+    with pytest.raises(UserError, match=words):
+        dataclasses.replace(METHODS[name], **change)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    for name, change, setting, words in [
+        ("rmu", {"layer": 2}, SETTING, "method rmu: layer is 2; the model has blocks 0 to 1"),
+        ("ceu", {"skip": 9}, SETTING, "method ceu: no forget example has more than skip = 9 scored tokens"),
+        ("dpo", {"field": "other"}, SETTING, "method dpo: .* forget record 'f0' has no text in field 'other'"),
+        ("idk_nll", {}, SETTING._replace(records=[dataclasses.replace(toys.RECORDS[0], prompt=None)]),
+         "method idk_nll: needs questions and answers, but forget record 'f0' is plain text"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            check_setting(dataclasses.replace(METHODS[name], **change), name, setting)
