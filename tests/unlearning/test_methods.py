@@ -75,6 +75,16 @@ def test_losses_are_per_example(name):
     chex.assert_trees_all_close(jax.tree.map(jnp.add, *halves), evaluate(name), **ROUNDING)
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs])
+def test_micro_batches_of_one_stream_change_nothing(name):
+    recipe, batch = prepared(name)
+    whole_B = forward(recipe.objective)(OTHER, dict(recipe.parts), batch)
+    for stream in (0, 1):
+        part = {key: value[batch["stream"] == stream] for key, value in batch.items()}
+        losses_B = forward(recipe.objective)(OTHER, dict(recipe.parts), part)
+        np.testing.assert_allclose(losses_B, whole_B[batch["stream"] == stream], **CLOSE)
+
+
 @every_method
 def test_members_change_nothing(name):
     recipe, batch = prepared(name)
