@@ -24,6 +24,7 @@ from jaxforget.metrics.language import in_batches
 from jaxforget.training.batches import Stream
 from jaxforget.training.objectives import next_token
 from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.reference import stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,13 @@ class AdversarialSamples:
 
     def recipe(self, setting: Setting) -> Recipe:
         model, forget = setting.model, setting.sets["forget"]
-        labels_NT = adversarial_labels(
-            model, setting.params, forget, forbidden_id=setting.pad_id, released=self.released_code_alignment
-        )
-        relabelled = dataclasses.replace(forget, columns={**forget.columns, "labels": labels_NT})
+        how = {"forbidden_id": setting.pad_id, "released": self.released_code_alignment}
+
+        def compute():
+            return {"labels": adversarial_labels(model, setting.params, forget, **how)}
+
+        found = stored(setting, "adversarial_labels", forget, compute, **how)
+        relabelled = dataclasses.replace(forget, columns={**forget.columns, **found})
         return Recipe((Stream(relabelled, setting.rows, 1.0),), next_token(model), prepare_forwards=1)
 
 

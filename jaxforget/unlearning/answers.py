@@ -92,21 +92,23 @@ def _sampled(setting: Setting, records: Sequence[Record], temperature: float, ma
     longest = max(1, min(max_new_tokens, setting.model.max_length - int(prompt_N.max())))
     key_N = (forget.columns["key"] >> np.uint64(32)).astype(np.uint32)
     texts: list[str | None] = [None] * len(records)
+    size, widest = min(32, len(records)), int(prompt_N.argmax())
     for n in range(TRIES):
         wanted = [i for i, text in enumerate(texts) if text is None]
         if not wanted:
             break
-        for start in range(0, len(wanted), 32):
-            rows = np.asarray(wanted[start : start + 32])
-            rows_B = np.pad(rows, (0, 32 - len(rows)), mode="edge") if len(records) > 32 else rows
+        for start in range(0, len(wanted), size):
+            part = wanted[start : start + size]
+            # The widest prompt fills up, unread: every batch is of one shape, hence one program.
+            rows_B = np.asarray(part + [widest] * (size + 1 - len(part)))
             mask_BT = np.arange(scored_NT.shape[1])[None] < prompt_N[rows_B][:, None]
             drawn_BN = generate(
                 setting.model, setting.params, forget.columns["tokens"][rows_B], mask_BT,
                 max_new_tokens=longest, temperature=temperature + 0.25 * n, row_ids=key_N[rows_B],
                 key=jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), SAMPLE), n),
-                eos_id=tokenizer.eos_token_id, pad_id=forget.pad_id,
+                eos_id=tokenizer.eos_token_id, pad_id=forget.pad_id, wanted_B=np.arange(size + 1) < len(part),
             )  # fmt: skip
-            for i, row in zip(rows, np.asarray(drawn_BN), strict=False):
+            for i, row in zip(part, np.asarray(drawn_BN), strict=False):
                 text = tokenizer.decode(row[row != forget.pad_id], skip_special_tokens=True).strip()
                 texts[i] = text if text and text != records[i].text.strip() else None
     if None in texts:

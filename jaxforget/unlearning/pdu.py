@@ -25,6 +25,7 @@ from jaxforget.metrics.language import language_metrics, token_scores
 from jaxforget.training.objectives import sequence_mean
 from jaxforget.unlearning import retain
 from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.reference import stored
 
 SLACK = 1.1
 
@@ -68,7 +69,12 @@ class PDU(retain.RetainConfig):
 
 def starting_loss(setting: Setting, name: str) -> float:
     """Return the starting model's loss on a set, nats a token."""
-    return language_metrics(token_scores(setting.model, setting.params, setting.sets[name]))["nll"]
+    examples = setting.sets[name]
+
+    def compute():
+        return {"nll": language_metrics(token_scores(setting.model, setting.params, examples))["nll"]}
+
+    return float(stored(setting, "nll", examples, compute)["nll"])
 
 
 @functools.cache

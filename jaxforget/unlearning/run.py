@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxforget.data.sampling import order
 from jaxforget.data.tokens import Examples
 from jaxforget.metrics.language import language_metrics, token_scores
@@ -48,7 +51,11 @@ def unlearn(
         moving = moves(moving, tuple(recipe.optimizers), recipe.finish)
         optimizer = optimized(optimizer, tuple(recipe.optimizers.items()))
     step = make_step(recipe.objective, moving, gradient, optimizer)
+    # The starting model as a reference and as the base of adapters is one copy on the device.
     parts = {"model": setting.params, **recipe.parts}
+    if any(part is setting.params for part in recipe.parts.values()):
+        start = jax.tree.map(jnp.asarray, setting.params)
+        parts = {name: start if part is setting.params else part for name, part in parts.items()}
     batches = Batches(recipe.streams, config.epochs, setting.seed)
     last: dict[str, float] = {}
 

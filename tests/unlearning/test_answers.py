@@ -81,8 +81,9 @@ def sampler(monkeypatch):
     asked = []
 
     def install(until):
-        def generate(model, params, tokens_BT, mask_BT, *, temperature, row_ids, max_new_tokens, **rest):
-            asked.append((temperature, list(map(int, row_ids))))
+        def generate(model, params, tokens_BT, mask_BT, *, temperature, row_ids, max_new_tokens, wanted_B, **rest):
+            asked.append((temperature, list(map(int, row_ids[wanted_B]))))
+            assert tokens_BT.shape == (9, 8) and mask_BT[-1].sum() == 3  # one shape, whoever is asked
             drawn_BN = np.zeros((len(tokens_BT), max_new_tokens), np.int32)
             for n, (row, mask) in enumerate(zip(tokens_BT, mask_BT, strict=True)):
                 record = next(record for record in RECORDS if toys.encode([record]).columns["tokens"][0].tolist()
