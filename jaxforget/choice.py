@@ -49,5 +49,8 @@ def adjust(methods: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any
             value = kind(ast.literal_eval(text)) if kind is not str else text
         except (ValueError, SyntaxError, TypeError):
             raise UserError(f"--settings {setting}: give {field} a {kind.__name__}, such as {before}") from None
-        methods[name] = dataclasses.replace(methods[name], **{field: value})
+        try:
+            methods[name] = dataclasses.replace(methods[name], **{field: value})
+        except UserError as error:
+            raise UserError(f"--settings {setting}: {error}") from None
     return methods

@@ -87,7 +87,7 @@ def test_all_methods_run(in_process):
     (("--lora.rank", 2, "--lora.targets", "x"), "LoRA target 'x' matches no layer"),
     (("--methods", "rmu", "--settings", "rmu.layer=2"), "method rmu: layer is 2; the model has blocks 0 to 1"),
     (("--methods", "dpo", "--settings", "dpo.field=other"), "method dpo: .*has no text in field 'other'"),
-    (("--methods", "npo", "--settings", "npo.beta=0"), "beta is 0.0; it must be above 0"),
+    (("--methods", "npo", "--settings", "npo.beta=0"), "--settings npo.beta=0: beta is 0.0; it must be above 0"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_are_refused(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
