@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,20 @@ def _preset_name(argv: list[str], presets: Mapping[str, Any]) -> str:
 
 def _lists_once(argv: list[str], kind: type) -> None:
     """Raise UserError for a flag of many values that is given twice: the first values would be lost without a word."""
-    hints = typing.get_type_hints(kind)
-    given = [word.partition("=")[0].replace("_", "-") for word in argv]
-    for field in dataclasses.fields(kind):
-        flag = f"--{field.name.replace('_', '-')}"
-        if typing.get_origin(hints[field.name]) is tuple and given.count(flag) > 1:
+    lists = set(_lists(kind))
+    given = [word.partition("=")[0].replace("_", "-") for word in argv if word.startswith("--")]
+    for flag in given:
+        if flag.removeprefix("--").rpartition(".")[2] in lists and given.count(flag) > 1:
             raise UserError(f"{flag} is given twice; give it once, followed by all its values")
+
+
+def _lists(kind: type) -> Iterator[str]:
+    """Name the fields with many values, without what stands before their dots."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _lists(hint)
+        elif typing.get_origin(hint) is tuple:
+            yield name.replace("_", "-")
 
 
 def _fail(message: object, code: int) -> None:

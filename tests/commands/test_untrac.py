@@ -113,6 +113,7 @@ A, B = "a=a.jsonl", "b=b.jsonl"
 REFUSED = {
     "no_name": (("--train", "a.jsonl", "--test", B), "--train a.jsonl: give NAME=FILE"),
     "no_file": (("--train", "a=", "--test", B), "--train a=: give NAME=FILE"),
+    "flag_twice": (("--train", A, "--train", "b=b.jsonl", "--test", B), "--train is given twice; give it once"),
     "same_name": (("--train", A, "a=b.jsonl", "--test", B), "--train names 'a' twice"),
     "same_file": (("--train", A, "c=./a.jsonl", "--test", B), "as 'a' and as 'c'; give each dataset once"),
     "no_test": (("--train", A), "--test is missing"),
