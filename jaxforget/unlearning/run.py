@@ -17,8 +17,8 @@ from jaxforget.training.batches import Batches
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import train_stage
-from jaxforget.training.step import Trainable, make_step
-from jaxforget.unlearning.recipe import Method, Setting, moves, optimized
+from jaxforget.training.step import Step, Trainable, make_step
+from jaxforget.unlearning.recipe import Method, Recipe, Setting, moves, optimized
 
 
 def unlearn(
@@ -44,13 +44,7 @@ def unlearn(
     """
     model = setting.model
     recipe = method.recipe(setting)
-    rows = [stream.rows for stream in recipe.streams]
-    gradient = mean_gradient(config.microbatch_of(*rows))
-    optimizer = adamw(config)
-    if recipe.optimizers or recipe.finish:
-        moving = moves(moving, tuple(recipe.optimizers), recipe.finish)
-        optimizer = optimized(optimizer, tuple(recipe.optimizers.items()))
-    step = make_step(recipe.objective, moving, gradient, optimizer)
+    step = step_of(recipe, config, moving)
     # The starting model as a reference and as the base of adapters is one copy on the device.
     parts = {"model": setting.params, **recipe.parts}
     if any(part is setting.params for part in recipe.parts.values()):
@@ -75,6 +69,16 @@ def unlearn(
         directory, model, step, parts, batches, learning_rate=learning_rate, evaluate=evaluate,
         evaluate_every=evaluate_every, describe=describe, **stage,
     )  # fmt: skip
+
+
+def step_of(recipe: Recipe, config: TrainConfig, moving: Trainable) -> Step:
+    """Join the slots of a recipe to a step. Recipes that differ in streams or parts alone give the same object."""
+    gradient = mean_gradient(config.microbatch_of(*(stream.rows for stream in recipe.streams)))
+    optimizer = adamw(config)
+    if recipe.optimizers or recipe.finish:
+        moving = moves(moving, tuple(recipe.optimizers), recipe.finish)
+        optimizer = optimized(optimizer, tuple(recipe.optimizers.items()))
+    return make_step(recipe.objective, moving, gradient, optimizer)
 
 
 def watched_losses(model, params, watched: Mapping[str, Examples]) -> dict[str, float]:
