@@ -1,0 +1,642 @@
+"""Unlearning methods, each at its best of a sweep, against retraining.
+
+    python -m benchmarks.unlearning
+    python -m benchmarks.unlearning --base DIR --forget forget10_perturbed.json --retain retain90.json \
+        --retain-perturbed retain_perturbed.json --real-authors real_authors_perturbed.json \
+        --world-facts world_facts_perturbed.json --prompt-template "Question: {question}\nAnswer:"
+
+Without data flags the generated fictional people are the data. For every seed one model is trained with the forget set
+(`original`) and one without (`retrained`); all of them are members of one program. A method's learning rates, strengths
+(factors of its retain term) and seeds are members of another, watched at several checkpoints.
+
+The choice, fixed in advance: every measured set is cut in halves by a hash of the records' ids. Of a method's settings
+(learning rate, strength, checkpoint) the one is taken whose mean over seeds of
+
+    criterion = harmonic mean of Memorisation and utility relative to the original's
+
+is highest on the validation halves. Utility there is the harmonic mean of probability and truth ratio T2 of the sets
+that must stay known: nothing is written, and the retrained model is not consulted. What is reported is measured on the
+other halves. Robustness to settings is the share of a method's settings whose criterion is within 10 % of its best.
+Chosen models are also measured with weights of 8 and 4 bits, and while they are tuned on the forget set again.
+
+Trainings, sweeps and measurements are cells, each a file: a killed run resumes there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from jaxforget import command
+from jaxforget.data import fictional
+from jaxforget.data.sampling import id_keys, order
+from jaxforget.data.sources import Record
+from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
+from jaxforget.data.tokens import Examples, concatenate, same_widths
+from jaxforget.errors import UserError
+from jaxforget.metrics import benchmark, memorisation, tofu
+from jaxforget.metrics.benchmark import MeasureConfig
+from jaxforget.metrics.composite import harmonic_mean
+from jaxforget.metrics.evidence import Reader, Request, gather, mean_losses, require_questions
+from jaxforget.models.quantize import quantized
+from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.run import Run, plain, write_atomic
+from jaxforget.report.statistics import over_seeds
+from jaxforget.training.batches import Batches, Stream
+from jaxforget.training.checkpoints import load_tree, save_tree
+from jaxforget.training.ensemble import MemberBatches, Members, member, members, stack
+from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.loop import fit
+from jaxforget.training.lora import LoraConfig, moving_parts
+from jaxforget.training.objectives import next_token
+from jaxforget.training.optimizer import TrainConfig, adamw, set_schedule
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_causal, start_from
+from jaxforget.training.step import make_step
+from jaxforget.training.trainable import everything
+from jaxforget.unlearning import Method, Setting, adjust, check_setting, choose
+from jaxforget.unlearning.page import YARDSTICKS
+from jaxforget.unlearning.sweep import grid, strengthened, sweep
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Compare unlearning methods, each at its best of a sweep, with retraining."""
+
+    out: Path | None = None
+    """Directory for everything the run leaves. Must be empty."""
+    resume: bool = False
+    """Continue the run in --out; settings must be the same."""
+    methods: tuple[str, ...] = ("all",)
+    """Names from METHODS in jaxforget/unlearning/__init__.py; paper is the seven of arXiv 2402.15159, all is every
+    one."""
+    settings: tuple[str, ...] = ()
+    """Method settings as method.field=value."""
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    """Rates of every method."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 4.0)
+    """Factors of the weight of the retain term; methods without one have 1 alone."""
+    checkpoints: int = 3
+    """Evenly spaced steps of each run at which models are measured and may be chosen."""
+    seeds: int = 3
+    """Seeds of training and unlearning."""
+    base: str | None = None
+    """Model to train both yardsticks from, as a Hugging Face directory or hub name. Not given: from scratch."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub name. Default: the model's own, or one built from the retain text."""
+    forget: str | None = None
+    """Questions and answers to forget, with TOFU's paraphrased_answer and perturbed_answer."""
+    retain: str | None = None
+    """Questions and answers that stay in training."""
+    retain_perturbed: str | None = None
+    """Those of --retain that are measured, with the fields of --forget; --retain itself when not given."""
+    approximate: str | None = None
+    """Never-trained records of the same kind. Default: as many as --forget has, from the end of --retain, which are
+    then left out of all training."""
+    general: str | None = None
+    """Other text that must stay known."""
+    real_authors: str | None = None
+    """TOFU's questions about real authors, with perturbed_answer."""
+    world_facts: str | None = None
+    """TOFU's questions about the world, with perturbed_answer."""
+    metrics: tuple[str, ...] = ("language", "overall")
+    """Metrics of eval.unlearning to report; overall is tofu, memorisation and membership."""
+    validation_records: int = 60
+    """Most records of a set in its validation half."""
+    test_records: int = 200
+    """Most records of a set in its test half."""
+    bits: tuple[int, ...] = (8, 4)
+    """Widths of quantised weights that chosen models are measured with."""
+    relearn: TrainConfig = TrainConfig(epochs=1, learning_rate=1e-3, schedule="constant", warmup=0.0)
+    """How chosen models are tuned on the forget set again."""
+    relearn_every: int = 2
+    """Steps between measurements meanwhile; 0 leaves this attack out."""
+    trainable: tuple[str, ...] = ()
+    """Unlearn in parameters whose path matches one of these regular expressions alone."""
+    lora: LoraConfig = LoraConfig(rank=0)
+    members: Members = "auto"
+    """How one program trains many models; auto is map on a CPU and vmap elsewhere."""
+    width: int = 0
+    """Models in one program, which bounds memory; 0 is all."""
+    compute: Annotated[ComputeConfig, tyro.conf.arg(name="")] = ComputeConfig(dtype="float32")
+    measures: Annotated[MeasureConfig, tyro.conf.arg(name="measures")] = MeasureConfig(max_new_tokens=32)
+    unlearning: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(
+        epochs=6, learning_rate=0.0, schedule="constant", warmup=0.0
+    )
+    train: TrainConfig = TrainConfig(epochs=12, learning_rate=3e-3)
+    text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
+    size: SizeConfig = SizeConfig()
+    corpus: fictional.FictionalConfig = fictional.FictionalConfig()
+
+
+def default() -> Config:
+    """100 fictional people, a model of 0.3 M parameters, twenty methods, 27 runs of each"""
+    return Config()
+
+
+def smoke() -> Config:
+    """12 fictional people, a tiny model, three methods; under two minutes, numbers without meaning"""
+    return Config(
+        methods=("gradient_ascent", "npo", "task_vector"), learning_rates=(1e-3, 1e-2), strengths=(1.0, 4.0), seeds=2,
+        checkpoints=2, validation_records=12, test_records=12, bits=(4,),
+        size=SizeConfig(width=32, layers=2, heads=2, context=64, vocab_size=512),
+        corpus=fictional.FictionalConfig(people=12, general_records=40, general_test_records=20),
+        train=TrainConfig(epochs=15, learning_rate=5e-3), measures=MeasureConfig(max_new_tokens=12),
+        unlearning=dataclasses.replace(Config().unlearning, epochs=4, batch_size=4),
+        relearn=dataclasses.replace(Config().relearn, batch_size=4),
+    )  # fmt: skip
+
+
+PRESETS = {"default": default, "smoke": smoke}
+MEASURED = ("forget", "retain", "approximate", "general", "real_authors", "world_facts")
+WITHIN = 0.1  # of the best criterion: a setting as good
+
+
+class Half(NamedTuple):
+    """Records to measure, and what `knows` asks of a model about them."""
+
+    sets: Mapping[str, list[Record]]
+    reader: Reader
+    asked: Request
+
+
+class Study(NamedTuple):
+    """What is read before anything is trained."""
+
+    start: Start
+    setting: Setting  # neither parameters nor a seed yet
+    methods: Mapping[str, Method]
+    metrics: Mapping[str, Any]
+    validation: Half
+    test: Half
+    reported: Request  # what the metrics ask about the test half
+    measures: MeasureConfig
+
+
+def run(config: Config) -> None:
+    """Do the cells that are missing, then join them."""
+    out = Run("benchmarks.unlearning", config, config.out, config.resume)
+    study = prepare(config)
+    out.begin()
+    models = {name: [home(out, name, seed) for seed in range(config.seeds)] for name in (*YARDSTICKS, *study.methods)}
+    cost = cell(out, "yardsticks", lambda: train_yardsticks(config, study, models))
+    before = cell(out, "validation", lambda: [validate(study, loaded(study, path)) for path in models["original"]])
+    swept = {name: cell(out, f"sweep {name}", lambda name=name: sweep_method(config, out, study, name, models, before))
+             for name in study.methods}  # fmt: skip
+    there = [name for name in models if name in YARDSTICKS or swept[name]["chosen"]]
+    found = {(name, seed): cell(out, f"test {name} {seed}", lambda path=path: test(config, study, path))
+             for name in there for seed, path in enumerate(models[name])}  # fmt: skip
+    learned = cell(out, "relearn", lambda: relearn(config, study, there, models)) if config.relearn_every else []
+    rows = [rows_of(study, seed, found, swept, cost, learned) for seed in range(config.seeds)]
+    report(config, out, study, rows, swept, learned)
+
+
+def home(out: Run, name: str, seed: int) -> Path:
+    return out.directory / "models" / name / f"seed{seed}"
+
+
+def cell(out: Run, name: str, work: Callable[[], Any]) -> Any:
+    """Return what a cell holds; where it is missing, do its work first."""
+    file = out.directory / "cells" / f"{name.replace(' ', '-')}.json"
+    if not file.exists():
+        began, found = time.perf_counter(), plain(work())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, json.dumps(found, allow_nan=False) + "\n")
+        command.say(f"done: {name}, {time.perf_counter() - began:,.1f} s")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------- data
+def prepare(config: Config) -> Study:
+    """Read, check and tokenise everything, or raise UserError."""
+    command.at_least(1, seeds=config.seeds, checkpoints=config.checkpoints, test_records=config.test_records,
+                     validation_records=config.validation_records)  # fmt: skip
+    command.at_least(0, relearn_every=config.relearn_every, width=config.width)
+    for field in ("methods", "learning_rates", "strengths"):
+        if not getattr(config, field):
+            raise UserError(f"--{field.replace('_', '-')} is empty; give one or more")
+    for rate in config.learning_rates:
+        dataclasses.replace(config.unlearning, learning_rate=rate)
+    if wrong := [bits for bits in config.bits if bits not in (8, 4)]:
+        raise UserError(f"--bits {wrong[0]} is unknown; use 8 or 4")
+    methods = adjust(choose(config.methods), config.settings)
+    for method in methods.values():
+        for one in grid(method, [None], config.learning_rates, config.strengths):
+            strengthened(method, one.strength)
+    metrics = benchmark.choose(config.metrics)
+    records, measured = read_sets(config)
+    known = records["retain"] + records.get("general", [])
+    texts = tokenizer_texts(known, config.text) if config.forget else fictional.tokenizer_texts(known)
+    start = start_from(config.base, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute,
+                       texts=texts, tell=command.say)  # fmt: skip
+    require_causal(start.model, config.base)
+    moving = moving_parts(config.trainable, config.lora)
+    jax.eval_shape(moving.init, jax.random.key(0), {"model": start.model.shapes()})  # tells what matches nothing
+
+    def tokens(some: Sequence[Record], where: str = "other answers") -> Examples:
+        return encode(some, start.tokenizer, config.text, context=start.model.max_length, where=where,
+                      tell=lambda said: None)  # fmt: skip
+
+    setting = Setting(
+        start.model, None, {name: tokens(some, name) for name, some in records.items()}, config.unlearning.batch_size,
+        0, tuple(sorted(set(start.tokenizer.all_special_ids))), start.tokenizer.pad_token_id, records["forget"],
+        start.tokenizer, tokens,
+    )  # fmt: skip
+    for name, method in methods.items():
+        check_setting(method, name, setting)
+    halves: dict[str, dict[str, list[Record]]] = {"validation": {}, "test": {}}
+    for name, some in measured.items():
+        for half, mine in halved(some).items():
+            most = {"validation": config.validation_records, "test": config.test_records}[half]
+            halves[half][name] = mine[:most]
+            if not mine:
+                raise UserError(f"the set {name} has {len(some)} records, too few for two halves")
+    benchmark.require(metrics, halves["test"])
+    parts = []
+    for sets in halves.values():  # a reader each: it keeps what it tokenised by the sets' names
+        if not tofu.wrong_answers(sets["forget"]):
+            raise UserError("--forget has no wrong answers (field 'perturbed_answer'), which the criterion needs")
+        reader = Reader(start.model, start.tokenizer, config.text)
+        parts.append(Half(sets, reader, asked_of(reader, sets)))
+    reported = benchmark.request(metrics, parts[1].reader, halves["test"], config.measures)
+    return Study(start, setting, methods, metrics, *parts, reported, config.measures)
+
+
+def read_sets(config: Config) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
+    """Return the sets to train on and those to measure."""
+    if not config.forget:
+        if given := [name for name in (*MEASURED, "retain_perturbed") if getattr(config, name)]:
+            raise UserError(f"--forget is missing, but --{given[0].replace('_', '-')} is given; give both or neither")
+        sets = fictional.generate(config.corpus)
+        trained = {name: sets[name] for name in ("forget", "retain", "general") if sets[name]}
+        measured = {"forget": sets["forget"], "retain": sets["retain"], "approximate": sets["approximate"],
+                    "general": sets["general_test"]}  # fmt: skip
+    else:
+        if not config.retain:
+            raise UserError("--retain is missing; the retrained model is trained on it")
+        sets = {name: read(source, config.text) for name in (*MEASURED, "retain_perturbed")
+                if (source := getattr(config, name))}  # fmt: skip
+        if not config.approximate:
+            cut = max(0, len(sets["retain"]) - len(sets["forget"]))
+            sets["retain"], sets["approximate"] = sets["retain"][:cut], sets["retain"][cut:]
+        trained = {name: sets[name] for name in ("forget", "retain", "general") if name in sets}
+        measured = {name: sets[name] for name in MEASURED if name in sets}
+        measured["retain"] = sets.get("retain_perturbed", sets["retain"])
+    questions = {name: {(record.prompt, record.text) for record in some} for name, some in sets.items()}
+    for one, other in (("forget", "retain"), ("forget", "approximate"), ("retain", "approximate"),
+                       ("retain_perturbed", "approximate"), ("forget", "retain_perturbed")):  # fmt: skip
+        if shared := questions.get(one, set()) & questions.get(other, set()):
+            raise UserError(f"--{one.replace('_', '-')} and --{other} share {len(shared)} records, such as "
+                            f"{min(shared, key=str)[1]!r}; they must not")  # fmt: skip
+    for name in ("forget", "retain"):
+        require_questions(trained[name], name, "criterion")
+    return trained, {name: some for name, some in measured.items() if some}
+
+
+def halved(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Cut records in two by a hash of their ids."""
+    drawn = [records[i] for i in order(id_keys([record.id for record in records]), 0, 0)]
+    return {"validation": drawn[: len(drawn) // 2], "test": drawn[len(drawn) // 2 :]}
+
+
+def asked_of(reader: Reader, sets: Mapping[str, list[Record]]) -> Request:
+    """Ask for what `knows` reads."""
+    joined = Request()
+    for name in ("forget", *tofu.UTILITY):
+        if name in sets:
+            joined |= tofu.ask_ratios(reader, name, sets[name])
+    return joined
+
+
+# -------------------------------------------------------------------------------------------------- models
+def side_by_side(config: Config, study: Study, label: str, params_K, examples_K, seed_K, training, watch=None,
+                 every: int = 0) -> tuple[list[Any], dict[str, float]]:  # fmt: skip
+    """Train models on sets of their own in one program, or in several of --width. Returns (params, cost).
+
+    watch(k, step, params) is called every `every` steps and at the end.
+    """
+    model, found, cost = study.start.model, [], {"seconds": 0.0, "steps": 0, "tokens": 0}
+    gradient = mean_gradient(training.microbatch_of(training.batch_size))
+    step = make_step(next_token(model), everything(), gradient, adamw(training))
+    examples_K, width = same_widths(list(examples_K)), config.width or len(params_K)
+    for first in range(0, len(params_K), width):
+        group = range(first, min(first + width, len(params_K)))
+        batches = MemberBatches(tuple(Batches((Stream(examples_K[k], training.batch_size),), training.epochs,
+                                              seed_K[k], "token") for k in group))  # fmt: skip
+        started = [step.init(jax.random.key(seed_K[k]), {"model": params_K[k]}) for k in group]
+        state = set_schedule(stack([one for one, _ in started]), learning_rate=[training.learning_rate] * len(group),
+                             total=[mine.steps for mine in batches.members])  # fmt: skip
+
+        def models(parts_K, group=group):
+            host_K = jax.tree.map(np.asarray, parts_K["model"])
+            return [member(host_K, k) for k in range(len(group))]
+
+        def evaluate(at: int, parts_K, group=group) -> bool:
+            for k, params in zip(group, models(parts_K, group), strict=True):
+                watch(k, at, params)
+            return False
+
+        lifted, frozen = members(step, config.members), started[0][1]
+        with command.progress(label) as show:
+            outcome = fit(lifted, state, frozen, batches, finite=watch is None, evaluate=watch and evaluate,
+                          evaluate_every=every, show=show)  # fmt: skip
+        found += models(lifted.combine(frozen, outcome.state.trainable), group)
+        cost = {"seconds": cost["seconds"] + outcome.seconds, "tokens": cost["tokens"] + outcome.tokens,
+                "steps": cost["steps"] + sum(mine.steps for mine in batches.members)}  # fmt: skip
+    return found, cost
+
+
+def keep(path: Path, params) -> None:
+    """Save parameters; what an interrupted run left there is replaced."""
+    shutil.rmtree(path, ignore_errors=True)
+    save_tree(path, params)
+
+
+def loaded(study: Study, path: Path) -> Any:
+    return load_tree(path, study.start.params(0))
+
+
+def train_yardsticks(config: Config, study: Study, models: Mapping[str, list[Path]]) -> dict[str, float]:
+    """Train `original` and `retrained` of all seeds. General text is trained on from scratch alone."""
+    sets, seeds = study.setting.sets, range(config.seeds)
+    rest = [sets["retain"]] + ([sets["general"]] if config.base is None and "general" in sets else [])
+    data = {"original": concatenate([sets["forget"], *rest]), "retrained": concatenate(rest)}
+    runs = [(name, seed) for name in YARDSTICKS for seed in seeds]
+    found, cost = side_by_side(
+        config, study, "original and retrained", [study.start.params(seed) for _, seed in runs],
+        [data[name] for name, _ in runs], [seed for _, seed in runs], config.train,
+    )  # fmt: skip
+    for (name, seed), params in zip(runs, found, strict=True):
+        keep(models[name][seed], params)
+    return cost
+
+
+def sweep_method(config: Config, out: Run, study: Study, name: str, models: Mapping[str, list[Path]],
+                 before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # fmt: skip
+    """Run all settings of a method, choose one by the criterion and keep its models."""
+    method, scratch = study.methods[name], out.directory / "scratch" / name
+    shutil.rmtree(scratch, ignore_errors=True)
+    settings = [study.setting._replace(params=loaded(study, path), seed=seed, cache=out.directory / "reference")
+                for seed, path in enumerate(models["original"])]  # fmt: skip
+    runs = grid(method, settings, config.learning_rates, config.strengths)
+    steps = config.unlearning.epochs * -(-len(study.setting.sets["forget"]) // config.unlearning.batch_size)
+    every, width = -(-steps // config.checkpoints), config.width or len(runs)
+    points, notes = [], []
+    cost = {"runs": len(runs), "seconds": 0.0, "steps": 0, "tokens": 0}
+    for first in range(0, len(runs), width):
+        group = runs[first : first + width]
+
+        def evaluate(step: int, params, first=first, group=group) -> None:
+            for k, (one, mine) in enumerate(zip(group, params, strict=True), first if step else len(runs)):
+                if k < len(runs):
+                    found = validate(study, mine)
+                    points.append({"learning_rate": one.learning_rate, "strength": one.strength, "step": step,
+                                   "seed": one.setting.seed, **found,
+                                   "criterion": criterion(found, before[one.setting.seed])})  # fmt: skip
+                    save_tree(scratch / f"{step}-{k}", mine)
+
+        with command.progress(f"{name}: {len(group)} runs") as show:
+            swept = sweep(method, group, config.unlearning, moving_parts(config.trainable, config.lora),
+                          how=config.members, evaluate=evaluate, evaluate_every=every, show=show)  # fmt: skip
+        notes += [f"rate {one.learning_rate:g}, strength {one.strength:g}, seed {one.setting.seed}: {note}"
+                  for one, note in zip(group, swept.notes, strict=True) if note]  # fmt: skip
+        cost = {**cost, "seconds": cost["seconds"] + swept.outcome.seconds,
+                "steps": cost["steps"] + swept.outcome.steps * len(group),
+                "tokens": cost["tokens"] + swept.outcome.tokens}  # fmt: skip
+    means = over_settings(points, config.seeds)
+    best = max((one for one in means if one["criterion"] is not None), key=lambda one: one["criterion"], default=None)
+    if best is not None:
+        for k, one in enumerate(runs):
+            if (one.learning_rate, one.strength) == (best["learning_rate"], best["strength"]):
+                target = models[name][one.setting.seed]
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(scratch / f"{best['step']}-{k}", target)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return {"grid": means, "chosen": best, "robustness": robustness(means), "cost": cost, "notes": notes}
+
+
+def over_settings(points: Sequence[Mapping[str, Any]], seeds: int) -> list[dict[str, Any]]:
+    """Average the criterion of each setting over seeds; None where a seed has none."""
+    groups: dict[tuple, list[float | None]] = {}
+    for one in points:
+        groups.setdefault((one["learning_rate"], one["strength"], one["step"]), []).append(one["criterion"])
+    return [
+        {"learning_rate": rate, "strength": strength, "step": step,
+         "criterion": None if None in values or len(values) < seeds else sum(values) / seeds}
+        for (rate, strength, step), values in groups.items()
+    ]  # fmt: skip
+
+
+def robustness(means: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the share of settings within 10 % of the best; those without a criterion are not."""
+    found = [one["criterion"] for one in means if one["criterion"] is not None]
+    return sum(value >= (1.0 - WITHIN) * max(found) for value in found) / len(means) if found else None
+
+
+# -------------------------------------------------------------------------------------------- measurements
+def knows(reader: Reader, params, asked: Request, sets: Mapping[str, list[Record]], config: MeasureConfig) -> dict:
+    """Return Memorisation with its parts, the forget loss and utility without writing; None for what is not finite."""
+    evidence = gather(reader, params, asked, config.batch_size)
+    row = memorisation.summarise(memorisation.measure(evidence, reader, sets, config), None)
+    row = {name: row[name] for name in ("memorisation", "es", "em", "paraprob", "truth")}
+    row["forget_nll"] = float(np.mean(mean_losses(evidence.scored["forget"], sets["forget"])))
+    parts = []
+    for name in (name for name in tofu.UTILITY if name in sets):
+        probability_N = np.exp(-mean_losses(evidence.scored[name], sets[name]))
+        if name in tofu.CHOICES:
+            right_N = mean_losses(evidence.scored[name], sets[name])
+            probability_N = tofu.choice_probability(right_N, tofu.wrong_losses(evidence, name, sets[name]))
+        parts.append(np.mean(probability_N))
+        if ratios := tofu.ratios_of(evidence, name, sets[name]):
+            parts.append(np.mean(tofu.utility_truth(ratios["log_t2"])))
+    row["utility"] = harmonic_mean(parts)
+    return {name: value if value is not None and np.isfinite(value) else None for name, value in row.items()}
+
+
+def criterion(row: Mapping[str, Any], original: Mapping[str, Any]) -> float | None:
+    """Join Memorisation with utility relative to the original's; None where one is missing."""
+    if None in (row["memorisation"], row["utility"], original["utility"]):
+        return None
+    return harmonic_mean((row["memorisation"], min(1.0, row["utility"] / max(original["utility"], 1e-9))))
+
+
+def validate(study: Study, params) -> dict[str, Any]:
+    one = study.validation
+    return knows(one.reader, params, one.asked, one.sets, study.measures)
+
+
+def relearn(config: Config, study: Study, names: Sequence[str], models: Mapping[str, list[Path]]) -> list:
+    """Tune every model but the original on the forget set again, side by side; measure the test half on the way."""
+    runs = [(name, seed) for name in names if name != "original" for seed in range(config.seeds)]
+    points = []
+
+    def watch(k: int, step: int, params) -> None:
+        found = knows(study.test.reader, params, study.test.asked, study.test.sets, study.measures)
+        points.append({"name": runs[k][0], "seed": runs[k][1], "step": step, **found})
+
+    forget = study.setting.sets["forget"]
+    start_K = [loaded(study, models[name][seed]) for name, seed in runs]
+    side_by_side(config, study, "relearning", start_K, [forget] * len(runs), [seed for _, seed in runs], config.relearn,
+                 watch, config.relearn_every)  # fmt: skip
+    return points
+
+
+def test(config: Config, study: Study, path: Path) -> dict[str, Any]:
+    """Measure a model on the test half: items of the metrics, and what it knows with its weights in fewer bits."""
+    params, one = loaded(study, path), study.test
+    items = benchmark.measure(study.metrics, study.reported, one.reader, params, one.sets, config.measures)
+    bits = {}
+    for width in (32, *config.bits):
+        weights = params if width == 32 else quantized(one.reader.model, params, width)
+        found = knows(one.reader, weights, one.asked, one.sets, config.measures)
+        bits |= {f"{name}_{width}bit": found[name] for name in ("memorisation", "es", "utility")}
+    return {"items": items, "bits": bits}
+
+
+# -------------------------------------------------------------------------------------------------- report
+def rows_of(study: Study, seed: int, tested, swept, cost, learned) -> list[dict[str, Any]]:
+    """Return the rows of a seed: original, retrained, then the methods."""
+    rows: list[dict[str, Any]] = []
+    for name in (*YARDSTICKS, *study.methods):
+        row: dict[str, Any] = {"name": name}
+        if (name, seed) in tested:
+            row |= benchmark.summarise(tested[name, seed]["items"], tested["retrained", seed]["items"])
+            row["utility"] = row.get("utility") or harmonic_mean(utility_parts(row))
+            row |= benchmark.overall(row, rows[0] if rows else row)
+            row |= tested[name, seed]["bits"] | relearned(learned, name, seed)
+        if name in swept:
+            found = swept[name]
+            row |= {key: found["chosen"][key] if found["chosen"] else None
+                    for key in ("learning_rate", "strength", "step", "criterion")}  # fmt: skip
+            row |= {"robustness": found["robustness"], **{f"tuning_{key}": x for key, x in found["cost"].items()}}
+            row["diverged"] = len(found["notes"])
+        else:
+            row |= {f"tuning_{key}": cost[key] / len(YARDSTICKS) for key in ("seconds", "steps", "tokens")}
+        rows.append(row)
+    return rows
+
+
+def utility_parts(row: Mapping[str, Any]) -> list[float | None]:
+    """Return probability, ROUGE and truth ratio T2 of the sets there are, where real authors and facts are not."""
+    sets = [name for name in tofu.UTILITY if f"tofu_{name}_probability" in row]
+    parts = [f"tofu_{name}_{kind}" for name in sets for kind in ("probability", "rouge", "truth_ratio_t2")]
+    return [row[part] for part in parts if part in row]
+
+
+def relearned(learned: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, Any]:
+    """Return what a model knows after it was tuned again."""
+    mine = [one for one in learned if (one["name"], one["seed"]) == (name, seed)]
+    return {f"relearned_{key}": mine[-1][key] for key in ("es", "forget_nll", "memorisation")} if mine else {}
+
+
+TERMINAL = ("name", "overall", "memorisation", "privacy", "utility_rel", "es", "forget_nll", "retain_nll", "robustness",
+            "learning_rate", "strength", "step")  # fmt: skip
+TUNING = ("name", "criterion", "robustness", "learning_rate", "strength", "step", "diverged", "tuning_runs",
+          "tuning_steps", "tuning_tokens", "tuning_seconds")  # fmt: skip
+
+
+def report(config: Config, out: Run, study: Study, by_seed, swept, learned) -> None:
+    """Join the seeds; write results.json and the page."""
+    document = out.finish(over_seeds(by_seed), by_seed=by_seed, sweeps=swept, relearning=learned)
+    rows = document["results"]
+    mark = lambda row: row["name"] in YARDSTICKS  # noqa: E731
+    spans = f"means and 95 % intervals over {config.seeds} seeds" if config.seeds > 1 else "one seed"
+
+    def section(title: str, note: str, fields: Sequence[str], plots: Sequence[str] = ()):
+        fields = ["name", *(f for f in fields if f != "name" and any(row.get(f) is not None for row in rows))]
+        return title, note, f"{table(rows, fields, mark)}<div class='plots'>{''.join(plots)}</div>"
+
+    sections = []
+    if any(row.get("memorisation") is not None and row.get("utility") is not None for row in rows):
+        sections.append(section("Overall", benchmark.OVERALL_NOTE, benchmark.OVERALL, [figure(trade_off(rows))]))
+    maps = [figure(heat_map(name, found["grid"]), width=3.2, height=2.7) for name, found in swept.items()]
+    note = ("The criterion over learning rates and strengths on the validation halves, each at its best checkpoint; "
+            "the mean over seeds. Robustness: the share of settings within 10 % of the best. Tuning: the cost of all "
+            "runs together; for the yardsticks, of their training.")  # fmt: skip
+    sections.append(section("Tuning", note, TUNING, maps))
+    if config.bits:
+        fields = [f"{name}_{bits}bit" for name in ("memorisation", "es", "utility") for bits in (32, *config.bits)]
+        sections.append(section("Quantised", "Chosen models with weights of fewer bits; utility without ROUGE.",
+                                fields))  # fmt: skip
+    if learned:
+        sections.append(section(
+            "Relearning", "Chosen models while they are tuned on the forget set again; the retrained model is dashed.",
+            ("forget_nll", "relearned_forget_nll", "es", "relearned_es", "relearned_memorisation"),
+            [figure(curves(learned, field)) for field in ("forget_nll", "es")],
+        ))  # fmt: skip
+    sections += [section(name.capitalize(), metric.note, metric.columns) for name, metric in study.metrics.items()]
+    lead = f"Test halves; {spans}. The goal is the row `retrained`. {document['device']}."
+    write_page(out.directory / "report.html", "Unlearning at its best", lead, sections, document["config"])
+    shown = [field for field in TERMINAL if any(row.get(field) is not None for row in rows)]
+    command.print_table(rows, shown, f"benchmarks.unlearning · {out.directory}")
+
+
+def trade_off(rows: Sequence[Mapping[str, Any]]) -> Callable[[Any], None]:
+    """Draw Memorisation against utility; a good method lands on the star, the retrained model."""
+
+    def draw(axes):
+        for index, row in enumerate(rows):
+            if row.get("memorisation") is None or row.get("utility") is None:
+                continue
+            style = {"original": ("s", "black", 60), "retrained": ("*", "#c0392b", 190)}.get(row["name"])
+            marker, colour, size = style or ("o^vD"[index // 10 % 4], f"C{index % 10}", 45)
+            spans = {axis: row.get(f"{field}_ci95") for axis, field in (("xerr", "memorisation"), ("yerr", "utility"))}
+            axes.errorbar(row["memorisation"], row["utility"], **spans, color=colour, lw=1)
+            axes.scatter(row["memorisation"], row["utility"], marker=marker, color=colour, s=size, label=row["name"],
+                         zorder=3)  # fmt: skip
+        axes.set(xlabel="Memorisation (1: nothing by heart)", ylabel="utility", title="Trade-off")
+        axes.legend(fontsize=6, frameon=False)
+
+    return draw
+
+
+def heat_map(name: str, means: Sequence[Mapping[str, Any]]) -> Callable[[Any], None]:
+    """Draw the criterion over the grid, each setting at its best checkpoint; blank where a seed has none."""
+    rates = sorted({one["learning_rate"] for one in means})
+    strengths = sorted({one["strength"] for one in means})
+    value_RS = np.full((len(rates), len(strengths)), np.nan)
+    for one in means:
+        if one["criterion"] is not None:
+            at = rates.index(one["learning_rate"]), strengths.index(one["strength"])
+            value_RS[at] = np.fmax(value_RS[at], one["criterion"])
+
+    def draw(axes):
+        axes.imshow(value_RS, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
+        for (r, s), value in np.ndenumerate(value_RS):
+            axes.text(s, r, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center",
+                      color="black" if value > 0.6 or np.isnan(value) else "white", fontsize=8)  # fmt: skip
+        axes.grid(False)
+        axes.set(xticks=range(len(strengths)), xticklabels=[f"{x:g}" for x in strengths], xlabel="strength", title=name,
+                 yticks=range(len(rates)), yticklabels=[f"{x:g}" for x in rates], ylabel="learning rate")  # fmt: skip
+
+    return draw
+
+
+def curves(learned: Sequence[Mapping[str, Any]], field: str) -> Callable[[Any], None]:
+    """Draw a field against the steps of relearning, means over seeds."""
+
+    def draw(axes):
+        for index, name in enumerate(dict.fromkeys(one["name"] for one in learned)):
+            by_step: dict[int, list[float]] = {}
+            for one in learned:
+                if one["name"] == name and one[field] is not None:
+                    by_step.setdefault(one["step"], []).append(one[field])
+            style = {"color": "#c0392b", "ls": "--"} if name in YARDSTICKS else {"color": f"C{index % 10}"}
+            axes.plot(list(by_step), [sum(x) / len(x) for x in by_step.values()], lw=1.4, label=name, **style)
+        axes.set(xlabel="step", ylabel={"forget_nll": "forget loss (nats/token)", "es": "extraction strength"}[field])
+        axes.legend(fontsize=6, frameon=False)
+
+    return draw
+
+
+if __name__ == "__main__":
+    command.main(run, PRESETS)
