@@ -17,7 +17,9 @@ The choice, fixed in advance: every measured set is cut in halves by a hash of t
 is highest on the validation halves. Utility there is the harmonic mean of probability and truth ratio T2 of the sets
 that must stay known: nothing is written, and the retrained model is not consulted. What is reported is measured on the
 other halves. Robustness to settings is the share of a method's settings whose criterion is within 10 % of its best.
-Chosen models are also measured with weights of 8 and 4 bits, and while they are tuned on the forget set again.
+Chosen models are also measured with weights of 8 and 4 bits, and while they are tuned on the forget set again. Parts of
+the forget set are also unlearned one after another with the chosen setting, each from the model before. Where real
+authors and world facts are not given, utility is of the retain set alone.
 
 Trainings, sweeps and measurements are cells, each a file: a killed run resumes there.
 """
@@ -63,8 +65,8 @@ from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_c
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import Method, Setting, adjust, check_setting, choose
-from jaxforget.unlearning.page import YARDSTICKS
 from jaxforget.unlearning.sweep import grid, strengthened, sweep
+from jaxforget.unlearning.tuning import YARDSTICKS, criterion, curves, heat_map, over_settings, robustness, trade_off
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,8 @@ class Config:
     """How chosen models are tuned on the forget set again."""
     relearn_every: int = 2
     """Steps between measurements meanwhile; 0 leaves this attack out."""
+    requests: int = 5
+    """Parts of the forget set that are also unlearned one after another; 0 leaves this out."""
     trainable: tuple[str, ...] = ()
     """Unlearn in parameters whose path matches one of these regular expressions alone."""
     lora: LoraConfig = LoraConfig(rank=0)
@@ -146,7 +150,7 @@ def smoke() -> Config:
     """12 fictional people, a tiny model, three methods; under two minutes, numbers without meaning"""
     return Config(
         methods=("gradient_ascent", "npo", "task_vector"), learning_rates=(1e-3, 1e-2), strengths=(1.0, 4.0), seeds=2,
-        checkpoints=2, validation_records=12, test_records=12, bits=(4,),
+        checkpoints=2, validation_records=12, test_records=12, bits=(4,), requests=2,
         size=SizeConfig(width=32, layers=2, heads=2, context=64, vocab_size=512),
         corpus=fictional.FictionalConfig(people=12, general_records=40, general_test_records=20),
         train=TrainConfig(epochs=15, learning_rate=5e-3), measures=MeasureConfig(max_new_tokens=12),
@@ -157,7 +161,6 @@ def smoke() -> Config:
 
 PRESETS = {"default": default, "smoke": smoke}
 MEASURED = ("forget", "retain", "approximate", "general", "real_authors", "world_facts")
-WITHIN = 0.1  # of the best criterion: a setting as good
 
 
 class Half(NamedTuple):
@@ -195,8 +198,11 @@ def run(config: Config) -> None:
     found = {(name, seed): cell(out, f"test {name} {seed}", lambda path=path: test(config, study, path))
              for name in there for seed, path in enumerate(models[name])}  # fmt: skip
     learned = cell(out, "relearn", lambda: relearn(config, study, there, models)) if config.relearn_every else []
-    rows = [rows_of(study, seed, found, swept, cost, learned) for seed in range(config.seeds)]
-    report(config, out, study, rows, swept, learned)
+    parts = requests_of(config, study)
+    served = [one for name in there if parts for one in cell(out, f"requests {name}", lambda name=name: serve(
+        config, out, study, parts, models["original"], models[name], name, swept.get(name)))]  # fmt: skip
+    rows = [rows_of(study, seed, found, swept, cost, learned, served) for seed in range(config.seeds)]
+    report(config, out, study, rows, swept, learned, served)
 
 
 def home(out: Run, name: str, seed: int) -> Path:
@@ -219,7 +225,7 @@ def prepare(config: Config) -> Study:
     """Read, check and tokenise everything, or raise UserError."""
     command.at_least(1, seeds=config.seeds, checkpoints=config.checkpoints, test_records=config.test_records,
                      validation_records=config.validation_records)  # fmt: skip
-    command.at_least(0, relearn_every=config.relearn_every, width=config.width)
+    command.at_least(0, relearn_every=config.relearn_every, width=config.width, requests=config.requests)
     for field in ("methods", "learning_rates", "strengths"):
         if not getattr(config, field):
             raise UserError(f"--{field.replace('_', '-')} is empty; give one or more")
@@ -259,6 +265,8 @@ def prepare(config: Config) -> Study:
             halves[half][name] = mine[:most]
             if not mine:
                 raise UserError(f"the set {name} has {len(some)} records, too few for two halves")
+    if config.requests > (most := len(halves["test"]["forget"])):
+        raise UserError(f"--requests is {config.requests}; the test half of the forget set has {most} records")
     benchmark.require(metrics, halves["test"])
     parts = []
     for sets in halves.values():  # a reader each: it keeps what it tokenised by the sets' names
@@ -424,24 +432,6 @@ def sweep_method(config: Config, out: Run, study: Study, name: str, models: Mapp
     return {"grid": means, "chosen": best, "robustness": robustness(means), "cost": cost, "notes": notes}
 
 
-def over_settings(points: Sequence[Mapping[str, Any]], seeds: int) -> list[dict[str, Any]]:
-    """Average the criterion of each setting over seeds; None where a seed has none."""
-    groups: dict[tuple, list[float | None]] = {}
-    for one in points:
-        groups.setdefault((one["learning_rate"], one["strength"], one["step"]), []).append(one["criterion"])
-    return [
-        {"learning_rate": rate, "strength": strength, "step": step,
-         "criterion": None if None in values or len(values) < seeds else sum(values) / seeds}
-        for (rate, strength, step), values in groups.items()
-    ]  # fmt: skip
-
-
-def robustness(means: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return the share of settings within 10 % of the best; those without a criterion are not."""
-    found = [one["criterion"] for one in means if one["criterion"] is not None]
-    return sum(value >= (1.0 - WITHIN) * max(found) for value in found) / len(means) if found else None
-
-
 # -------------------------------------------------------------------------------------------- measurements
 def knows(reader: Reader, params, asked: Request, sets: Mapping[str, list[Record]], config: MeasureConfig) -> dict:
     """Return Memorisation with its parts, the forget loss and utility without writing; None for what is not finite."""
@@ -462,16 +452,13 @@ def knows(reader: Reader, params, asked: Request, sets: Mapping[str, list[Record
     return {name: value if value is not None and np.isfinite(value) else None for name, value in row.items()}
 
 
-def criterion(row: Mapping[str, Any], original: Mapping[str, Any]) -> float | None:
-    """Join Memorisation with utility relative to the original's; None where one is missing."""
-    if None in (row["memorisation"], row["utility"], original["utility"]):
-        return None
-    return harmonic_mean((row["memorisation"], min(1.0, row["utility"] / max(original["utility"], 1e-9))))
-
-
 def validate(study: Study, params) -> dict[str, Any]:
-    one = study.validation
-    return knows(one.reader, params, one.asked, one.sets, study.measures)
+    return look(study, study.validation, params)
+
+
+def look(study: Study, half: Half, params) -> dict[str, Any]:
+    """Return what a model knows of a half."""
+    return knows(half.reader, params, half.asked, half.sets, study.measures)
 
 
 def relearn(config: Config, study: Study, names: Sequence[str], models: Mapping[str, list[Path]]) -> list:
@@ -480,8 +467,7 @@ def relearn(config: Config, study: Study, names: Sequence[str], models: Mapping[
     points = []
 
     def watch(k: int, step: int, params) -> None:
-        found = knows(study.test.reader, params, study.test.asked, study.test.sets, study.measures)
-        points.append({"name": runs[k][0], "seed": runs[k][1], "step": step, **found})
+        points.append({"name": runs[k][0], "seed": runs[k][1], "step": step, **look(study, study.test, params)})
 
     forget = study.setting.sets["forget"]
     start_K = [loaded(study, models[name][seed]) for name, seed in runs]
@@ -497,13 +483,66 @@ def test(config: Config, study: Study, path: Path) -> dict[str, Any]:
     bits = {}
     for width in (32, *config.bits):
         weights = params if width == 32 else quantized(one.reader.model, params, width)
-        found = knows(one.reader, weights, one.asked, one.sets, config.measures)
+        found = look(study, one, weights)
         bits |= {f"{name}_{width}bit": found[name] for name in ("memorisation", "es", "utility")}
     return {"items": items, "bits": bits}
 
 
+# ------------------------------------------------------------------------------------------------ requests
+class Asked(NamedTuple):
+    """A request to forget some records. half: the test records of this request and those before, and what must stay."""
+
+    records: list[Record]
+    examples: Examples
+    half: Half
+
+
+def requests_of(config: Config, study: Study) -> list[Asked]:
+    """Cut the forget set in parts, the test half evenly, by a hash of the ids."""
+    if not config.requests:
+        return []
+    setting, test = study.setting, study.test
+    by_half = [record.id for half in halved(setting.records).values() for record in half]
+    part_of = {identity: rank % config.requests for rank, identity in enumerate(by_half)}
+    found = []
+    for number in range(config.requests):
+        records = [record for record in setting.records if part_of[record.id] == number]
+        forget = setting.sets["forget"]
+        examples = forget.take(np.flatnonzero([part_of[identity] == number for identity in forget.ids]))
+        sets = {**test.sets, "forget": [one for one in test.sets["forget"] if part_of[one.id] <= number]}
+        reader = Reader(test.reader.model, test.reader.tokenizer, test.reader.text)
+        found.append(Asked(records, examples, Half(sets, reader, asked_of(reader, sets))))
+    return found
+
+
+def serve(config: Config, out: Run, study: Study, parts: Sequence[Asked], original: Sequence[Path],
+          models: Sequence[Path], name: str, swept: Mapping[str, Any] | None) -> list[dict[str, Any]]:  # fmt: skip
+    """Unlearn one request after another, each from the model before, all seeds side by side; measure after each.
+
+    A yardstick serves none: it is measured on the same records.
+    """
+    if swept is None:
+        return [{"name": name, "seed": seed, "request": number, **look(study, one.half, params)}
+                for seed, params in enumerate(loaded(study, path) for path in models)
+                for number, one in enumerate(parts, 1)]  # fmt: skip
+    chosen = swept["chosen"]
+    epoch = -(-len(study.setting.sets["forget"]) // config.unlearning.batch_size)
+    training = dataclasses.replace(config.unlearning, epochs=max(1, round(chosen["step"] / epoch)))
+    params_K, points = [loaded(study, path) for path in original], []
+    for number, one in enumerate(parts, 1):
+        settings = [study.setting._replace(params=params, seed=seed, cache=out.directory / "reference",
+                                           sets={**study.setting.sets, "forget": one.examples}, records=one.records)
+                    for seed, params in enumerate(params_K)]  # fmt: skip
+        runs = grid(study.methods[name], settings, (chosen["learning_rate"],), (chosen["strength"],))
+        moving = moving_parts(config.trainable, config.lora)
+        params_K = sweep(study.methods[name], runs, training, moving, how=config.members).params
+        points += [{"name": name, "seed": seed, "request": number, **look(study, one.half, params)}
+                   for seed, params in enumerate(params_K)]  # fmt: skip
+    return points
+
+
 # -------------------------------------------------------------------------------------------------- report
-def rows_of(study: Study, seed: int, tested, swept, cost, learned) -> list[dict[str, Any]]:
+def rows_of(study: Study, seed: int, tested, swept, cost, learned, served) -> list[dict[str, Any]]:
     """Return the rows of a seed: original, retrained, then the methods."""
     rows: list[dict[str, Any]] = []
     for name in (*YARDSTICKS, *study.methods):
@@ -512,7 +551,9 @@ def rows_of(study: Study, seed: int, tested, swept, cost, learned) -> list[dict[
             row |= benchmark.summarise(tested[name, seed]["items"], tested["retrained", seed]["items"])
             row["utility"] = row.get("utility") or harmonic_mean(utility_parts(row))
             row |= benchmark.overall(row, rows[0] if rows else row)
-            row |= tested[name, seed]["bits"] | relearned(learned, name, seed)
+            row |= tested[name, seed]["bits"]
+            row |= last(learned, name, seed, "relearned", ("es", "forget_nll", "memorisation"))
+            row |= last(served, name, seed, "requests", ("es", "memorisation", "utility"))
         if name in swept:
             found = swept[name]
             row |= {key: found["chosen"][key] if found["chosen"] else None
@@ -532,10 +573,10 @@ def utility_parts(row: Mapping[str, Any]) -> list[float | None]:
     return [row[part] for part in parts if part in row]
 
 
-def relearned(learned: Sequence[Mapping[str, Any]], name: str, seed: int) -> dict[str, Any]:
-    """Return what a model knows after it was tuned again."""
-    mine = [one for one in learned if (one["name"], one["seed"]) == (name, seed)]
-    return {f"relearned_{key}": mine[-1][key] for key in ("es", "forget_nll", "memorisation")} if mine else {}
+def last(points: Sequence[dict], name: str, seed: int, prefix: str, fields: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a model's last point."""
+    mine = [one for one in points if (one["name"], one["seed"]) == (name, seed)]
+    return {f"{prefix}_{field}": mine[-1][field] for field in fields} if mine else {}
 
 
 TERMINAL = ("name", "overall", "memorisation", "privacy", "utility_rel", "es", "forget_nll", "retain_nll", "robustness",
@@ -544,9 +585,9 @@ TUNING = ("name", "criterion", "robustness", "learning_rate", "strength", "step"
           "tuning_steps", "tuning_tokens", "tuning_seconds")  # fmt: skip
 
 
-def report(config: Config, out: Run, study: Study, by_seed, swept, learned) -> None:
+def report(config: Config, out: Run, study: Study, by_seed, swept, learned, served) -> None:
     """Join the seeds; write results.json and the page."""
-    document = out.finish(over_seeds(by_seed), by_seed=by_seed, sweeps=swept, relearning=learned)
+    document = out.finish(over_seeds(by_seed), by_seed=by_seed, sweeps=swept, relearning=learned, requests=served)
     rows = document["results"]
     mark = lambda row: row["name"] in YARDSTICKS  # noqa: E731
     spans = f"means and 95 % intervals over {config.seeds} seeds" if config.seeds > 1 else "one seed"
@@ -571,71 +612,20 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned) -> N
         sections.append(section(
             "Relearning", "Chosen models while they are tuned on the forget set again; the retrained model is dashed.",
             ("forget_nll", "relearned_forget_nll", "es", "relearned_es", "relearned_memorisation"),
-            [figure(curves(learned, field)) for field in ("forget_nll", "es")],
+            [figure(curves(learned, field, "step")) for field in ("forget_nll", "es")],
+        ))  # fmt: skip
+    if served:
+        sections.append(section(
+            "Requests", "The forget set in parts, one after another, each from the model before; measured on all that "
+            "had to be forgotten so far, in the table after the last. Utility without ROUGE. Yardsticks are dashed.",
+            ("requests_memorisation", "requests_es", "requests_utility", "memorisation_32bit", "utility_32bit"),
+            [figure(curves(served, field, "request")) for field in ("memorisation", "utility")],
         ))  # fmt: skip
     sections += [section(name.capitalize(), metric.note, metric.columns) for name, metric in study.metrics.items()]
     lead = f"Test halves; {spans}. The goal is the row `retrained`. {document['device']}."
     write_page(out.directory / "report.html", "Unlearning at its best", lead, sections, document["config"])
     shown = [field for field in TERMINAL if any(row.get(field) is not None for row in rows)]
     command.print_table(rows, shown, f"benchmarks.unlearning · {out.directory}")
-
-
-def trade_off(rows: Sequence[Mapping[str, Any]]) -> Callable[[Any], None]:
-    """Draw Memorisation against utility; a good method lands on the star, the retrained model."""
-
-    def draw(axes):
-        for index, row in enumerate(rows):
-            if row.get("memorisation") is None or row.get("utility") is None:
-                continue
-            style = {"original": ("s", "black", 60), "retrained": ("*", "#c0392b", 190)}.get(row["name"])
-            marker, colour, size = style or ("o^vD"[index // 10 % 4], f"C{index % 10}", 45)
-            spans = {axis: row.get(f"{field}_ci95") for axis, field in (("xerr", "memorisation"), ("yerr", "utility"))}
-            axes.errorbar(row["memorisation"], row["utility"], **spans, color=colour, lw=1)
-            axes.scatter(row["memorisation"], row["utility"], marker=marker, color=colour, s=size, label=row["name"],
-                         zorder=3)  # fmt: skip
-        axes.set(xlabel="Memorisation (1: nothing by heart)", ylabel="utility", title="Trade-off")
-        axes.legend(fontsize=6, frameon=False)
-
-    return draw
-
-
-def heat_map(name: str, means: Sequence[Mapping[str, Any]]) -> Callable[[Any], None]:
-    """Draw the criterion over the grid, each setting at its best checkpoint; blank where a seed has none."""
-    rates = sorted({one["learning_rate"] for one in means})
-    strengths = sorted({one["strength"] for one in means})
-    value_RS = np.full((len(rates), len(strengths)), np.nan)
-    for one in means:
-        if one["criterion"] is not None:
-            at = rates.index(one["learning_rate"]), strengths.index(one["strength"])
-            value_RS[at] = np.fmax(value_RS[at], one["criterion"])
-
-    def draw(axes):
-        axes.imshow(value_RS, vmin=0.0, vmax=1.0, cmap="viridis", aspect="auto")
-        for (r, s), value in np.ndenumerate(value_RS):
-            axes.text(s, r, "–" if np.isnan(value) else f"{value:.2f}", ha="center", va="center",
-                      color="black" if value > 0.6 or np.isnan(value) else "white", fontsize=8)  # fmt: skip
-        axes.grid(False)
-        axes.set(xticks=range(len(strengths)), xticklabels=[f"{x:g}" for x in strengths], xlabel="strength", title=name,
-                 yticks=range(len(rates)), yticklabels=[f"{x:g}" for x in rates], ylabel="learning rate")  # fmt: skip
-
-    return draw
-
-
-def curves(learned: Sequence[Mapping[str, Any]], field: str) -> Callable[[Any], None]:
-    """Draw a field against the steps of relearning, means over seeds."""
-
-    def draw(axes):
-        for index, name in enumerate(dict.fromkeys(one["name"] for one in learned)):
-            by_step: dict[int, list[float]] = {}
-            for one in learned:
-                if one["name"] == name and one[field] is not None:
-                    by_step.setdefault(one["step"], []).append(one[field])
-            style = {"color": "#c0392b", "ls": "--"} if name in YARDSTICKS else {"color": f"C{index % 10}"}
-            axes.plot(list(by_step), [sum(x) / len(x) for x in by_step.values()], lw=1.4, label=name, **style)
-        axes.set(xlabel="step", ylabel={"forget_nll": "forget loss (nats/token)", "es": "extraction strength"}[field])
-        axes.legend(fontsize=6, frameon=False)
-
-    return draw
 
 
 if __name__ == "__main__":

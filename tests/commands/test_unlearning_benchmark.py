@@ -8,8 +8,9 @@ import running
 from shards import call, done
 
 import benchmarks.unlearning
-from benchmarks.unlearning import criterion, halved, over_settings, robustness
+from benchmarks.unlearning import halved
 from jaxforget.data.sources import Record
+from jaxforget.unlearning.tuning import criterion, over_settings, robustness
 
 FLAGS = ("--preset", "smoke", "--methods", "ascent_descent_indist", "--train.epochs", 2, "--size.layers", 1,
          "--metrics", "memorisation", "--measures.max-new-tokens", 4, "--bits", 8)  # fmt: skip
@@ -35,6 +36,10 @@ def test_smoke(tmp_path):
     assert steps == [0, 2, 4]
     first = next(one for one in document["relearning"] if one["name"] == "retrained")
     assert first["es"] == pytest.approx(document["by_seed"][0][1]["es"])
+    served = [(one["name"], one["seed"], one["request"]) for one in document["requests"]]
+    assert sorted(served) == sorted((name, seed, n) for name in rows for seed in (0, 1) for n in (1, 2))
+    whole = next(one for one in document["requests"] if (one["name"], one["request"]) == ("original", 2))
+    assert whole["memorisation"] == pytest.approx(document["by_seed"][0][0]["memorisation"])  # the last asks for all
     page = (out / "report.html").read_text()
     assert "Relearning" in page and page.count("<svg") >= 3 and not (out / "scratch/ascent_descent_indist").exists()
 
@@ -88,6 +93,7 @@ def write(path, count, **fields):
     (("--strengths", 0, "--methods", "npo"), "strength is 0"),
     (("--learning-rates", -1), "learning_rate is -1"),
     (("--bits", 3), "--bits 3 is unknown"),
+    (("--requests", 50), "--requests is 50"),
     (("--retain", "RETAIN"), "--forget is missing"),
     (("--forget", "FORGET"), "--retain is missing"),
     (("--forget", "PLAIN", "--retain", "RETAIN"), "no wrong answers"),
