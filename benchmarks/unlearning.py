@@ -19,7 +19,8 @@ that must stay known: nothing is written, and the retrained model is not consult
 other halves. Robustness to settings is the share of a method's settings whose criterion is within 10 % of its best.
 Chosen models are also measured with weights of 8 and 4 bits, and while they are tuned on the forget set again. Parts of
 the forget set are also unlearned one after another with the chosen setting, each from the model before. Where real
-authors and world facts are not given, utility is of the retain set alone.
+authors and world facts are not given, utility is of the retain set alone. An ensemble of shards, from which the forget
+set is deleted exactly (SISA), stands beside.
 
 Trainings, sweeps and measurements are cells, each a file: a killed run resumes there.
 """
@@ -48,11 +49,16 @@ from jaxforget.errors import UserError
 from jaxforget.metrics import benchmark, memorisation, tofu
 from jaxforget.metrics.benchmark import MeasureConfig
 from jaxforget.metrics.composite import harmonic_mean
-from jaxforget.metrics.evidence import Reader, Request, gather, mean_losses, require_questions
+from jaxforget.metrics.evidence import Evidence, Reader, Request, Scored, gather, mean_losses, require_questions
+from jaxforget.models import hub
 from jaxforget.models.quantize import quantized
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run, plain, write_atomic
 from jaxforget.report.statistics import over_seeds
+from jaxforget.sisa.deletion import ask, serve
+from jaxforget.sisa.ensemble import Ensemble, locked
+from jaxforget.sisa.plan import epoch_schedule
+from jaxforget.sisa.scoring import ensemble_token_scores
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import load_tree, save_tree
 from jaxforget.training.ensemble import MemberBatches, Members, member, members, stack
@@ -61,12 +67,13 @@ from jaxforget.training.loop import fit
 from jaxforget.training.lora import LoraConfig, moving_parts
 from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import TrainConfig, adamw, set_schedule
-from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_causal, start_from
+from jaxforget.training.start import ComputeConfig, SizeConfig, Start, require_causal, start_from, tokenizer_files
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import Method, Setting, adjust, check_setting, choose
 from jaxforget.unlearning.sweep import grid, strengthened, sweep
 from jaxforget.unlearning.tuning import YARDSTICKS, criterion, curves, heat_map, over_settings, robustness, trade_off
+from train import sisa
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +128,10 @@ class Config:
     """How chosen models are tuned on the forget set again."""
     relearn_every: int = 2
     """Steps between measurements meanwhile; 0 leaves this attack out."""
+    shards: int = 4
+    """Shards of the ensemble from which the forget set is deleted exactly (SISA); 0 leaves it out."""
+    slices: int = 2
+    """Slices of a shard."""
     requests: int = 5
     """Parts of the forget set that are also unlearned one after another; 0 leaves this out."""
     trainable: tuple[str, ...] = ()
@@ -150,7 +161,7 @@ def smoke() -> Config:
     """12 fictional people, a tiny model, three methods; under two minutes, numbers without meaning"""
     return Config(
         methods=("gradient_ascent", "npo", "task_vector"), learning_rates=(1e-3, 1e-2), strengths=(1.0, 4.0), seeds=2,
-        checkpoints=2, validation_records=12, test_records=12, bits=(4,), requests=2,
+        checkpoints=2, validation_records=12, test_records=12, bits=(4,), requests=2, shards=2,
         size=SizeConfig(width=32, layers=2, heads=2, context=64, vocab_size=512),
         corpus=fictional.FictionalConfig(people=12, general_records=40, general_test_records=20),
         train=TrainConfig(epochs=15, learning_rate=5e-3), measures=MeasureConfig(max_new_tokens=12),
@@ -175,6 +186,7 @@ class Study(NamedTuple):
     """What is read before anything is trained."""
 
     start: Start
+    records: Mapping[str, list[Record]]  # of training
     setting: Setting  # neither parameters nor a seed yet
     methods: Mapping[str, Method]
     metrics: Mapping[str, Any]
@@ -199,9 +211,11 @@ def run(config: Config) -> None:
              for name in there for seed, path in enumerate(models[name])}  # fmt: skip
     learned = cell(out, "relearn", lambda: relearn(config, study, there, models)) if config.relearn_every else []
     parts = requests_of(config, study)
-    served = [one for name in there if parts for one in cell(out, f"requests {name}", lambda name=name: serve(
+    served = [one for name in there if parts for one in cell(out, f"requests {name}", lambda name=name: serve_requests(
         config, out, study, parts, models["original"], models[name], name, swept.get(name)))]  # fmt: skip
-    rows = [rows_of(study, seed, found, swept, cost, learned, served) for seed in range(config.seeds)]
+    deleted = [cell(out, f"sisa {seed}", lambda seed=seed: exact(config, out, study, seed))
+               for seed in range(config.seeds) if config.shards]  # fmt: skip
+    rows = [rows_of(study, seed, found, swept, cost, learned, served, deleted) for seed in range(config.seeds)]
     report(config, out, study, rows, swept, learned, served)
 
 
@@ -225,7 +239,9 @@ def prepare(config: Config) -> Study:
     """Read, check and tokenise everything, or raise UserError."""
     command.at_least(1, seeds=config.seeds, checkpoints=config.checkpoints, test_records=config.test_records,
                      validation_records=config.validation_records)  # fmt: skip
-    command.at_least(0, relearn_every=config.relearn_every, width=config.width, requests=config.requests)
+    command.at_least(0, relearn_every=config.relearn_every, width=config.width, requests=config.requests,
+                     shards=config.shards)  # fmt: skip
+    epoch_schedule(config.train.epochs, config.slices)
     for field in ("methods", "learning_rates", "strengths"):
         if not getattr(config, field):
             raise UserError(f"--{field.replace('_', '-')} is empty; give one or more")
@@ -275,7 +291,7 @@ def prepare(config: Config) -> Study:
         reader = Reader(start.model, start.tokenizer, config.text)
         parts.append(Half(sets, reader, asked_of(reader, sets)))
     reported = benchmark.request(metrics, parts[1].reader, halves["test"], config.measures)
-    return Study(start, setting, methods, metrics, *parts, reported, config.measures)
+    return Study(start, records, setting, methods, metrics, *parts, reported, config.measures)
 
 
 def read_sets(config: Config) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
@@ -435,7 +451,11 @@ def sweep_method(config: Config, out: Run, study: Study, name: str, models: Mapp
 # -------------------------------------------------------------------------------------------- measurements
 def knows(reader: Reader, params, asked: Request, sets: Mapping[str, list[Record]], config: MeasureConfig) -> dict:
     """Return Memorisation with its parts, the forget loss and utility without writing; None for what is not finite."""
-    evidence = gather(reader, params, asked, config.batch_size)
+    return said(gather(reader, params, asked, config.batch_size), reader, sets, config)
+
+
+def said(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], config: MeasureConfig) -> dict[str, Any]:
+    """Return what `knows` does, of answers that are there."""
     row = memorisation.summarise(memorisation.measure(evidence, reader, sets, config), None)
     row = {name: row[name] for name in ("memorisation", "es", "em", "paraprob", "truth")}
     row["forget_nll"] = float(np.mean(mean_losses(evidence.scored["forget"], sets["forget"])))
@@ -515,7 +535,7 @@ def requests_of(config: Config, study: Study) -> list[Asked]:
     return found
 
 
-def serve(config: Config, out: Run, study: Study, parts: Sequence[Asked], original: Sequence[Path],
+def serve_requests(config: Config, out: Run, study: Study, parts: Sequence[Asked], original: Sequence[Path],
           models: Sequence[Path], name: str, swept: Mapping[str, Any] | None) -> list[dict[str, Any]]:  # fmt: skip
     """Unlearn one request after another, each from the model before, all seeds side by side; measure after each.
 
@@ -541,8 +561,53 @@ def serve(config: Config, out: Run, study: Study, parts: Sequence[Asked], origin
     return points
 
 
+# ---------------------------------------------------------------------------------------------------- exact
+def exact(config: Config, out: Run, study: Study, seed: int) -> dict[str, Any]:
+    """Train a SISA ensemble on all records, delete the forget set from it, and measure it before and after."""
+    directory, start = out.directory / "sisa" / f"seed{seed}", study.start
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    base = hub.save(directory / "start", start.model, start.params(seed),
+                    extra_files=tokenizer_files(start.save_tokenizer))  # fmt: skip
+    known = [dataclasses.replace(one, id=f"{name} {one.id}") for name, some in study.records.items()
+             if name != "general" or config.base is None for one in some]  # fmt: skip
+    files = []
+    for name, plain_text in (("questions", False), ("texts", True)):
+        lines = [json.dumps({"id": one.id, "text": one.text} if plain_text else
+                            {"id": one.id, "question": one.prompt, "answer": one.text}) + "\n"
+                 for one in known if (one.prompt is None) == plain_text]  # fmt: skip
+        if lines:
+            write_atomic(directory / f"{name}.jsonl", "".join(lines))
+            files.append(str(directory / f"{name}.jsonl"))
+    text = TextConfig(id_field="id", max_length=config.text.max_length, prompt_template=config.text.prompt_template)
+    settings = sisa.Config(out=directory / "ensemble", data=tuple(files), model=str(base), shards=config.shards,
+                           slices=config.slices, seed=seed, text=text, train=config.train, compute=config.compute,
+                           members=config.members, export=False)  # fmt: skip
+    sisa.plan(settings, Run("train.sisa", settings, settings.out, False))
+    with Ensemble(settings.out) as ensemble, locked(settings.out, wait=True, tell=command.say):
+        serve(ensemble, export=False)
+        before = vote(study, ensemble)
+        ensemble.ledger.receive(ask(ensemble, [f"forget {one.id}" for one in study.records["forget"]]).new)
+        (receipt,) = serve(ensemble, export=False)
+        after = vote(study, ensemble)
+    cost = {"deletion_seconds": receipt["seconds"],
+            "deletion_share": receipt["examples_revisited"] / receipt["examples_of_full_retraining"]}  # fmt: skip
+    return {"before": before, "after": {**after, **cost}}
+
+
+def vote(study: Study, ensemble: Ensemble) -> dict[str, Any]:
+    """Return what the members know together: the mean of their probabilities."""
+    one = study.test
+    params, weight_K = [ensemble.params(shard) for shard in ensemble.final_keys()], ensemble.weights()
+    scored = {}
+    for name, examples in one.asked.scored.items():
+        scores = ensemble_token_scores(ensemble.model, params, examples, "mean_probability", weight_K)
+        scored[name] = Scored(examples, scores, np.zeros_like(scores.logp_NT))
+    return said(Evidence(scored, {}, {}), one.reader, one.sets, study.measures)
+
+
 # -------------------------------------------------------------------------------------------------- report
-def rows_of(study: Study, seed: int, tested, swept, cost, learned, served) -> list[dict[str, Any]]:
+def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, deleted) -> list[dict[str, Any]]:
     """Return the rows of a seed: original, retrained, then the methods."""
     rows: list[dict[str, Any]] = []
     for name in (*YARDSTICKS, *study.methods):
@@ -563,6 +628,11 @@ def rows_of(study: Study, seed: int, tested, swept, cost, learned, served) -> li
         else:
             row |= {f"tuning_{key}": cost[key] / len(YARDSTICKS) for key in ("seconds", "steps", "tokens")}
         rows.append(row)
+    for when, name in (("before", "sisa before"), ("after", "sisa")):
+        for one in deleted[seed : seed + 1]:
+            found = dict(one[when])
+            rows.append({"name": name, "utility_32bit": found.pop("utility"), **found,
+                         "memorisation_32bit": found["memorisation"], "es_32bit": found["es"]})  # fmt: skip
     return rows
 
 
@@ -614,6 +684,11 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned, serv
             ("forget_nll", "relearned_forget_nll", "es", "relearned_es", "relearned_memorisation"),
             [figure(curves(learned, field, "step")) for field in ("forget_nll", "es")],
         ))  # fmt: skip
+    if config.shards:
+        note = (f"An ensemble of {config.shards} shards with {config.slices} slices, before and after the forget set "
+                "was deleted; deletion share: examples visited, of those of a full retraining. Utility without ROUGE.")
+        sections.append(section("Exact deletion", note, ("memorisation_32bit", "es_32bit", "utility_32bit",
+                                "forget_nll", "deletion_share", "deletion_seconds")))  # fmt: skip
     if served:
         sections.append(section(
             "Requests", "The forget set in parts, one after another, each from the model before; measured on all that "

@@ -22,14 +22,15 @@ def test_smoke(tmp_path):
     done(benchmarks.unlearning, *FLAGS, "--out", out)
     document = running.results(out)
     rows = {row["name"]: row for row in document["results"]}
-    assert list(rows) == ["original", "retrained", "ascent_descent_indist"]
+    assert list(rows) == ["original", "retrained", "ascent_descent_indist", "sisa before", "sisa"]
+    assert 0 < rows["sisa"]["deletion_share"] <= 1 and rows["sisa"]["forget_nll"] != rows["sisa before"]["forget_nll"]
     sweep = document["sweeps"]["ascent_descent_indist"]
     assert len(sweep["grid"]) == 2 * 2 * 2  # rates, strengths, checkpoints
     assert sweep["chosen"] == max(sweep["grid"], key=lambda one: one["criterion"])
     assert sweep["cost"]["runs"] == 2 * 2 * 2  # rates, strengths, seeds
     chosen = rows["ascent_descent_indist"]
     assert chosen["step"] == sweep["chosen"]["step"] and chosen["learning_rate_ci95"] == 0.0
-    for row in rows.values():  # measured twice, by the metric and beside the quantised weights
+    for row in list(rows.values())[:3]:  # measured twice, by the metric and beside the quantised weights
         assert row["memorisation"] == pytest.approx(row["memorisation_32bit"])
         assert row["memorisation_8bit"] != row["memorisation_32bit"]
     steps = [one["step"] for one in document["relearning"] if (one["name"], one["seed"]) == ("retrained", 0)]
@@ -37,7 +38,8 @@ def test_smoke(tmp_path):
     first = next(one for one in document["relearning"] if one["name"] == "retrained")
     assert first["es"] == pytest.approx(document["by_seed"][0][1]["es"])
     served = [(one["name"], one["seed"], one["request"]) for one in document["requests"]]
-    assert sorted(served) == sorted((name, seed, n) for name in rows for seed in (0, 1) for n in (1, 2))
+    assert sorted(served) == sorted((name, seed, n) for name in list(rows)[:3] for seed in (0, 1)
+                                    for n in (1, 2))  # fmt: skip
     whole = next(one for one in document["requests"] if (one["name"], one["request"]) == ("original", 2))
     assert whole["memorisation"] == pytest.approx(document["by_seed"][0][0]["memorisation"])  # the last asks for all
     page = (out / "report.html").read_text()
@@ -93,6 +95,7 @@ def write(path, count, **fields):
     (("--strengths", 0, "--methods", "npo"), "strength is 0"),
     (("--learning-rates", -1), "learning_rate is -1"),
     (("--bits", 3), "--bits 3 is unknown"),
+    (("--slices", 0), "slices"),
     (("--requests", 50), "--requests is 50"),
     (("--retain", "RETAIN"), "--forget is missing"),
     (("--forget", "FORGET"), "--retain is missing"),
