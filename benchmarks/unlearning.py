@@ -158,7 +158,7 @@ def default() -> Config:
 
 
 def smoke() -> Config:
-    """12 fictional people, a tiny model, three methods; under two minutes, numbers without meaning"""
+    """12 fictional people, a tiny model, three methods; two minutes, numbers without meaning"""
     return Config(
         methods=("gradient_ascent", "npo", "task_vector"), learning_rates=(1e-3, 1e-2), strengths=(1.0, 4.0), seeds=2,
         checkpoints=2, validation_records=12, test_records=12, bits=(4,), requests=2, shards=2,
@@ -697,6 +697,9 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned, serv
             [figure(curves(served, field, "request")) for field in ("memorisation", "utility")],
         ))  # fmt: skip
     sections += [section(name.capitalize(), metric.note, metric.columns) for name, metric in study.metrics.items()]
+    notes = [{"name": name, "note": note} for name, found in swept.items() for note in found["notes"]]
+    if notes := [row for row in rows if row.get("note")] + notes:
+        sections.append(("Notes", "What could not be computed, and why.", table(notes, ("name", "note"))))
     lead = f"Test halves; {spans}. The goal is the row `retrained`. {document['device']}."
     write_page(out.directory / "report.html", "Unlearning at its best", lead, sections, document["config"])
     shown = [field for field in TERMINAL if any(row.get(field) is not None for row in rows)]
