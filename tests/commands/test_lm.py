@@ -50,6 +50,7 @@ def test_a_classifier_learns_and_reloads(family, sentences, in_process):
     assert "is new" not in again.said
 
 
+@pytest.mark.slow
 def test_a_head_for_other_classes_is_drawn_and_said(sentences, in_process):
     first = in_process(train.lm, "first", *flags(sentences, "--task", "masked", "--text-field", "text", "--epochs", 1))
     other = in_process(train.lm, "other", *classes(sentences, "--epochs", 1, "--model", first.out / "model"))

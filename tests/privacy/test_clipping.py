@@ -227,6 +227,7 @@ def test_one_unit_changes_the_sum_by_at_most_the_sensitivity(small, how):
     np.testing.assert_allclose(changes, limit, rtol=1e-4 if not how.auto_s else 0.02)  # all are far above the bound
 
 
+@pytest.mark.slow
 def test_groups_agree_between_estimators(small):
     losses, moving = small
     batch, groups = batch_of(rows=4, tokens=6), (r".*/blocks/.*", r".*norm.*")
@@ -340,6 +341,7 @@ def moved(step, start, batch, bound=0.1, multiplier=0.0):
     return jax.tree.map(lambda a, b: np.asarray(b - a), state.trainable, after.trainable), report, after
 
 
+@pytest.mark.slow
 def test_microbatches_and_skipped_padding_do_not_change_the_step():
     whole, report, _ = moved(*private_step(), batch_of(rows=8, tokens=6))
     for microbatch in (1, 4):
@@ -375,6 +377,7 @@ def test_noise_is_sigma_c_over_the_expected_size_whatever_the_batch():
     assert report["sensitivity"] == said["sensitivity"]
 
 
+@pytest.mark.slow
 def test_adaptive_bound_follows_the_quantile():
     """C <- C exp(-rate (b - quantile)), b the noisy share of units within C of the expected number."""
     adaptive = Adaptive(quantile=0.25, rate=0.2, noise=0.0)
@@ -392,6 +395,7 @@ def test_adaptive_bound_follows_the_quantile():
     assert {pair: round(adaptive_multiplier(*pair), 6) for pair in golden} == golden
 
 
+@pytest.mark.slow
 def test_the_adaptive_count_changes_by_half_a_unit():
     """What is released is the sum of [norm <= C] - 1/2, whose sensitivity the noise is made for."""
     adaptive = Adaptive(quantile=0.5, rate=1.0, noise=0.0)
@@ -426,6 +430,7 @@ def test_noise_that_leaves_nothing_for_the_count_is_refused():
         adaptive_multiplier(2.0, 0.8)
 
 
+@pytest.mark.slow
 def test_members_of_different_levels_share_one_program():
     """Bound and noise live in the state: vmap over states is a sweep, each member as it would be alone."""
     step, (state, frozen) = private_step()
