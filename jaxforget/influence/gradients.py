@@ -20,7 +20,7 @@ from jaxforget.data.sampling import hash64, order
 from jaxforget.data.tokens import IGNORED, Examples, same_widths
 from jaxforget.errors import UserError
 from jaxforget.influence.question import Answer, Question
-from jaxforget.training.step import Batch, Objective, Parts, PyTree
+from jaxforget.training.step import Batch, Objective, Parts, PyTree, scan_first
 
 CHUNK = 16  # microbatches a program call takes
 BLOCK = 1 << 22  # numbers of gradients whose products are summed at a time
@@ -114,19 +114,7 @@ def sweep(visit: Visit, carry, args, examples: Examples, microbatch: int, chunk:
 def _program(visit: Visit):
     @functools.partial(jax.jit, donate_argnums=0)
     def run(carry, args, batches_C, count):
-        def batch(i):
-            return jax.tree.map(lambda x: x[i], batches_C)
-
-        size = batches_C["weight"].shape[0]
-        shapes = jax.eval_shape(visit, carry, args, jax.eval_shape(batch, 0))[1]
-        seen_C = jax.tree.map(lambda one: jnp.zeros((size, *one.shape), one.dtype), shapes)
-
-        def body(i, both):
-            carry, seen_C = both
-            carry, seen = visit(carry, args, batch(i))
-            return carry, jax.tree.map(lambda all_, one: all_.at[i].set(one), seen_C, seen)
-
-        return jax.lax.fori_loop(0, count, body, (carry, seen_C))
+        return scan_first(lambda carry, batch: visit(carry, args, batch), carry, batches_C, count)
 
     return run
 

@@ -106,21 +106,27 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
         return State(state.step + 1, moved, opt_state, memory, state.key), metrics
 
     def run(state: State, frozen: Parts, batches_S: Batch, count: jax.Array):
-        def batch(i):
-            return jax.tree.map(lambda x: x[i], batches_S)
-
-        size = jax.tree.leaves(batches_S)[0].shape[0]
-        shapes = jax.eval_shape(update, state, frozen, jax.eval_shape(batch, 0))[1]
-        metrics_S = jax.tree.map(lambda m: jnp.zeros((size, *m.shape), m.dtype), shapes)
-
-        def body(i, carry):
-            state, metrics_S = carry
-            state, metrics = update(state, frozen, batch(i))
-            return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), metrics_S, metrics)
-
-        return jax.lax.fori_loop(0, count, body, (state, metrics_S))
+        return scan_first(lambda state, batch: update(state, frozen, batch), state, batches_S, count)
 
     return Step(init, update, run, trainable.combine)
+
+
+def scan_first(function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, inputs_S: PyTree, count):
+    """lax.scan over the first `count`, which is traced, of S stacked inputs; outputs beyond are zeros, (S, ...)."""
+
+    def take(i):
+        return jax.tree.map(lambda x: x[i], inputs_S)
+
+    size = jax.tree.leaves(inputs_S)[0].shape[0]
+    shapes = jax.eval_shape(function, carry, jax.eval_shape(take, 0))[1]
+    seen_S = jax.tree.map(lambda one: jnp.zeros((size, *one.shape), one.dtype), shapes)
+
+    def body(i, both):
+        carry, seen_S = both
+        carry, seen = function(carry, take(i))
+        return carry, jax.tree.map(lambda all_, one: all_.at[i].set(one), seen_S, seen)
+
+    return jax.lax.fori_loop(0, count, body, (carry, seen_S))
 
 
 @functools.cache

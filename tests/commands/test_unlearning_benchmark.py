@@ -8,7 +8,7 @@ import running
 from shards import call, done
 
 import benchmarks.unlearning
-from benchmarks.unlearning import halved
+from benchmarks.unlearning.study import halved, read_sets
 from jaxforget.data.sources import Record
 from jaxforget.unlearning.tuning import criterion, over_settings, robustness
 
@@ -117,7 +117,7 @@ def test_never_trained_records_are_held_out_of_the_retain_set(tmp_path):
     wrong = {"paraphrased_answer": "sure", "perturbed_answer": ["no"]}
     config = benchmarks.unlearning.Config(forget=str(write(tmp_path / "f.jsonl", 4, **wrong)),
                                           retain=str(write(tmp_path / "r.jsonl", 12, **wrong)))  # fmt: skip
-    trained, measured = benchmarks.unlearning.read_sets(config)
+    trained, measured = read_sets(config)
     assert [r.text for r in trained["retain"]] == [f"yes {i}" for i in range(8)]
     assert [r.text for r in measured["approximate"]] == [f"yes {i}" for i in range(8, 12)]
     assert np.all([a.id == b.id for a, b in zip(measured["retain"], trained["retain"], strict=True)])
