@@ -17,7 +17,7 @@ from jaxforget.data.tokens import concatenate, same_widths
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import load_tree, save_tree
-from jaxforget.training.ensemble import MemberBatches, member, members, stack
+from jaxforget.training.ensemble import MemberBatches, join_parts, member, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.lora import moving_parts
@@ -43,8 +43,10 @@ def side_by_side(config: Config, study: Study, label: str, params_K, examples_K,
         group = range(first, min(first + width, len(params_K)))
         batches = MemberBatches(tuple(Batches((Stream(examples_K[k], training.batch_size),), training.epochs,
                                               seed_K[k], "token") for k in group))  # fmt: skip
-        started = [step.init(jax.random.key(seed_K[k]), {"model": params_K[k]}) for k in group]
-        state = set_schedule(stack([one for one, _ in started]), learning_rate=[training.learning_rate] * len(group),
+        own, parts = join_parts([{"model": params_K[k]} for k in group])
+        lifted = members(step, config.members, own)
+        state, frozen = lifted.init([jax.random.key(seed_K[k]) for k in group], parts)
+        state = set_schedule(state, learning_rate=[training.learning_rate] * len(group),
                              total=[mine.steps for mine in batches.members])  # fmt: skip
 
         def models(parts_K, group=group):
@@ -56,7 +58,6 @@ def side_by_side(config: Config, study: Study, label: str, params_K, examples_K,
                 watch(k, at, params)
             return False
 
-        lifted, frozen = members(step, config.members), started[0][1]
         with command.progress(label) as show:
             outcome = fit(lifted, state, frozen, batches, finite=watch is None, evaluate=watch and evaluate,
                           evaluate_every=every, show=show)  # fmt: skip

@@ -25,7 +25,7 @@ from jaxforget.debiasing.optimizer import grouped, module_groups
 from jaxforget.errors import UserError
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
-from jaxforget.training.ensemble import MemberBatches, Members, member, members
+from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import OptimizerConfig, set_schedule
@@ -219,14 +219,11 @@ def _train(
     elif slots.noise is not None:
         optimizer = optax.chain(slots.noise, optimizer)
     step = make_step(objective, trainable, slots.gradient, optimizer)
-    # A core that all members start from is held once; where it moves, each has its own among what moves.
-    shared = all(part["model"] is parts[0]["model"] for part in parts)
-    own = tuple(name for name in parts[0] if not (shared and name == "model"))
+    own, parts_K = join_parts(parts)  # a core that all members start from is held once
     lifted = members(step, how, own)
     batches = MemberBatches(tuple(slots.batches))
-    own_K = jax.tree.map(lambda *x: np.stack(x), *({name: part[name] for name in own} for part in parts))
     key_K = jnp.stack([jax.random.key(one.seed) for one in learners])
-    state, frozen = jax.jit(lifted.init)(key_K, parts[0] | own_K)
+    state, frozen = jax.jit(lifted.init)(key_K, parts_K)
     rate_K = np.full(len(learners), config.learning_rate, np.float32)
     state = set_schedule(state, learning_rate=rate_K, total=np.asarray([one.steps for one in batches.members]))
     state = slots.prepare(state)

@@ -27,7 +27,7 @@ from jaxforget.errors import UserError
 from jaxforget.influence.losses import set_losses
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
-from jaxforget.training.ensemble import MemberBatches, Members, member, members, stack
+from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import TrainConfig, adamw, set_schedule
@@ -193,16 +193,12 @@ def retrain(
 
 def _group(objective, params, queries, config, training, step, group, batches, directory, keep, keep_every, **loop):
     """Train some of the runs in one program."""
-    lifted = members(step, config.members)
-    started = {}  # runs of a seed share what they start from
-    for one, _ in group:
-        if one not in started:
-            started[one] = step.init(jax.random.key(one), {"model": params(one)})
-    frozen = next(iter(started.values()))[1]
-    states = [
-        set_schedule(started[one][0], learning_rate=training.learning_rate, total=rows.steps)
-        for (one, _), rows in zip(group, batches, strict=True)
-    ]
+    begin = {one: params(one) for one in dict.fromkeys(one for one, _ in group)}  # runs of a seed share it
+    own, parts = join_parts([{"model": begin[one]} for one, _ in group])
+    lifted = members(step, config.members, own)
+    state, frozen = lifted.init([jax.random.key(one) for one, _ in group], parts)
+    rates = [training.learning_rate] * len(group)
+    state = set_schedule(state, learning_rate=rates, total=[rows.steps for rows in batches])
     full = [(m, one) for m, (one, kept_K) in enumerate(group) if all(kept_K)]
     seen = 0
 
@@ -217,7 +213,7 @@ def _group(objective, params, queries, config, training, step, group, batches, d
     scratch = directory / "checkpoints"
     with Checkpoints(scratch) as store:
         outcome = fit(
-            lifted, stack(states), frozen, MemberBatches(tuple(batches)), evaluate=evaluate, evaluate_every=keep_every,
+            lifted, state, frozen, MemberBatches(tuple(batches)), evaluate=evaluate, evaluate_every=keep_every,
             checkpoints=store, checkpoint_every=config.checkpoint_every, **loop,
         )  # fmt: skip
     parts_M = lifted.combine(frozen, outcome.state.trainable)

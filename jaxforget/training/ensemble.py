@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.training.batches import Batches
-from jaxforget.training.step import PyTree, Step
+from jaxforget.training.step import Parts, PyTree, Step
 
 Members = Literal["auto", "map", "vmap"]
 
@@ -23,6 +23,20 @@ Members = Literal["auto", "map", "vmap"]
 def stack(trees: Sequence[PyTree]) -> PyTree:
     """Join K pytrees of one structure: every leaf gains a leading K."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def join_parts(parts_K: Sequence[Parts]) -> tuple[tuple[str, ...], Parts]:
+    """Join the parts that K members start from: one that is the same object for all is held once, others are stacked.
+
+    Returns the names of those, `own` of `members`, and what its `init` takes.
+    """
+    first = parts_K[0]
+    own = tuple(name for name, part in first.items() if any(parts[name] is not part for parts in parts_K))
+    shared = {name: part for name, part in first.items() if name not in own}
+    # A part under two names, such as a model that is its own reference, is one copy on the device.
+    device = {key: jax.tree.map(jnp.asarray, part) for key, part in {id(one): one for one in shared.values()}.items()}
+    stacked = {name: stack([parts[name] for parts in parts_K]) for name in own}
+    return own, {name: device[id(part)] for name, part in shared.items()} | stacked
 
 
 def member(tree_K: PyTree, k: int) -> PyTree:
@@ -42,7 +56,8 @@ def members(step: Step, how: Members = "auto", own: tuple[str, ...] = ()) -> Ste
     how = ("map" if jax.default_backend() == "cpu" else "vmap") if how == "auto" else how
 
     def split(frozen):
-        return {name: part for name, part in frozen.items() if name not in own}, {name: frozen[name] for name in own}
+        mine = {name: part for name, part in frozen.items() if name in own}  # a part that moves is not among them
+        return {name: part for name, part in frozen.items() if name not in own}, mine
 
     def init(key_K, parts):
         """Start K members; only their keys and what is their own differ."""

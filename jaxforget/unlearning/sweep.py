@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.data.tokens import same_widths
 from jaxforget.errors import UserError
 from jaxforget.models.layers import merge
 from jaxforget.training.batches import Batches
-from jaxforget.training.ensemble import MemberBatches, Members, member, members, stack
+from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
 from jaxforget.training.loop import Outcome, fit
 from jaxforget.training.optimizer import TrainConfig, set_schedule
 from jaxforget.training.step import Trainable
@@ -80,16 +79,12 @@ def sweep(
     if others:
         raise ValueError("the members of a sweep must share one program")
     batches = _batches(runs, recipes, config)
-    device = _shared_copies(runs)
-    parts = [{name: device.get(id(part), part) for name, part in {"model": one.setting.params, **recipe.parts}.items()}
-             for one, recipe in zip(runs, recipes, strict=True)]  # fmt: skip
-    started = [step.init(jax.random.key(one.setting.seed), mine) for one, mine in zip(runs, parts, strict=True)]
-    states, frozen_K = zip(*started, strict=True)
-    own = tuple(name for name in frozen_K[0] if any(mine[name] is not parts[0][name] for mine in parts))
-    frozen = {**frozen_K[0], **{name: stack([frozen[name] for frozen in frozen_K]) for name in own}}
+    own, parts = join_parts([{"model": one.setting.params, **recipe.parts}
+                             for one, recipe in zip(runs, recipes, strict=True)])  # fmt: skip
     lifted = members(step, how, own)
+    states, frozen = lifted.init([jax.random.key(one.setting.seed) for one in runs], parts)
     rates, steps = [one.learning_rate for one in runs], [mine.steps for mine in batches.members]
-    state = set_schedule(stack(states), learning_rate=rates, total=steps)
+    state = set_schedule(states, learning_rate=rates, total=steps)
     failed: list[int | None] = [None] * len(runs)
     given = loop.pop("log", lambda step, metrics: None)
 
@@ -123,12 +118,6 @@ def _batches(runs: Sequence[Member], recipes: Sequence[Recipe], config: TrainCon
     ]
     return MemberBatches(tuple(Batches(streams, config.epochs, one.setting.seed)
                                for streams, one in zip(streams_K, runs, strict=True)))  # fmt: skip
-
-
-def _shared_copies(runs: Sequence[Member]) -> dict[int, Any]:
-    """Put each starting model on the device once, by the identity of the host's."""
-    distinct = {id(one.setting.params): one.setting.params for one in runs}
-    return {key: jax.tree.map(jnp.asarray, params) for key, params in distinct.items()}
 
 
 def _note(step: int | None, params) -> str | None:

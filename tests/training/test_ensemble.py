@@ -12,7 +12,7 @@ from conftest import Toy, make_examples
 from jaxforget.errors import NonFiniteLoss
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
-from jaxforget.training.ensemble import MemberBatches, member, members, stack
+from jaxforget.training.ensemble import MemberBatches, join_parts, member, members, stack
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.objectives import next_token
@@ -115,6 +115,15 @@ def test_stack_and_member_are_inverse():
     trees = states()
     for k, tree in enumerate(trees):
         same_bits(member(stack(trees), k), tree)
+
+
+def test_parts_of_all_are_held_once_and_others_stacked():
+    one, two = ({"w": np.full(2, x, np.float32)} for x in (1.0, 2.0))
+    own, parts = join_parts([{"model": one, "reference": one, "head": head} for head in (one, two)])
+    assert own == ("head",) and parts["model"] is parts["reference"]
+    np.testing.assert_array_equal(parts["head"]["w"], [[1, 1], [2, 2]])
+    equal = {"w": one["w"].copy()}  # equal numbers in another object may change apart
+    assert join_parts([{"model": one}, {"model": equal}])[0] == ("model",)
 
 
 @HOW
