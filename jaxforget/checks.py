@@ -1,0 +1,35 @@
+"""Checks of settings: each raises UserError, one sentence with the setting's name and what is allowed.
+
+named: what stands before a name, such as `--train.`; names of flags are spelt with dashes. None is a setting not given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jaxforget.errors import UserError
+
+
+def positive(*, named: str = "", **settings: float | None) -> None:
+    """Refuse what is not above 0, or infinite."""
+    _check(lambda value: 0 < value < math.inf, "it must be above 0", named, settings)
+
+
+def at_least(low: float, *, named: str = "", **settings: float | None) -> None:
+    """Refuse what is below `low`, or infinite."""
+    _check(lambda value: low <= value < math.inf, f"it must be at least {low}", named, settings)
+
+
+def one_of(allowed: Sequence[str], *, named: str = "", **settings: str | None) -> None:
+    """Refuse what is not in a list."""
+    _check(lambda value: value in allowed, f"use one of {', '.join(allowed)}", named, settings)
+
+
+def _check(fits, wanted: str, named: str, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if value is not None and not fits(value):
+            spelt = name.replace("_", "-") if named.startswith("--") else name
+            shown = repr(value) if isinstance(value, str) else value
+            raise UserError(f"{named}{spelt} is {shown}; {wanted}")
