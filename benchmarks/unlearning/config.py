@@ -94,7 +94,7 @@ class Config:
 
 
 def default() -> Config:
-    """100 fictional people, a model of 0.3 M parameters, twenty methods, 27 runs of each"""
+    """100 fictional people, a model of 0.3 M parameters, every method, 27 runs of each"""
     return Config()
 
 

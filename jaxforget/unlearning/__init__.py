@@ -1,8 +1,8 @@
 """Approximate unlearning: one file a method, one row in METHODS.
 
 The rows named `_indist` and `_general` differ only in the set that supplies the retain text. PAPER are the seven of
-Yao et al. (arXiv 2402.15159); the others are those of OpenUnlearning (arXiv 2506.12618), with its defaults, and MUSE's
-task vector.
+Yao et al. (arXiv 2402.15159); the others are those of OpenUnlearning (arXiv 2506.12618), with its defaults, and of MUSE
+(arXiv 2407.06460) its task vector and WHP.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from jaxforget.unlearning.simnpo import SimNPO
 from jaxforget.unlearning.task_vector import TaskVector
 from jaxforget.unlearning.undial import Undial
 from jaxforget.unlearning.weighted_ascent import WGA, SatImp
+from jaxforget.unlearning.whp import WHP
 
 METHODS: dict[str, Method] = {
     "gradient_ascent": GradientAscent(),
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
     "ceu": CEU(),
     "pdu": PDU(),
     "task_vector": TaskVector(),
+    "whp": WHP(),
 }
 PAPER = tuple(METHODS)[:7]
 

@@ -1,4 +1,4 @@
-"""What the starting model says about examples: computed once before training and kept on disk.
+"""What the starting model says about examples, or learns from them: computed once before training and kept on disk.
 
 Shapes: N examples, B batch, T tokens.
 """
@@ -6,7 +6,6 @@ Shapes: N examples, B batch, T tokens.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import zipfile
@@ -64,9 +63,8 @@ def stored(
         pass
     arrays = {field: np.asarray(array) for field, array in compute().items()}
     setting.cache.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez(buffer, key=np.asarray(key), **arrays)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(buffer.getvalue())
+    with temporary.open("wb") as file:  # given a name, NumPy would add .npz
+        np.savez(file, key=np.asarray(key), **arrays)
     os.replace(temporary, path)
     return arrays

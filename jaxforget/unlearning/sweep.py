@@ -74,7 +74,10 @@ def sweep(
     A member ends as `unlearn` alone would with its settings. evaluate(step, params of every member) is called at step
     0, every `evaluate_every` steps and at the end. Further arguments go to `fit`.
     """
-    recipes = [strengthened(method, one.strength).recipe(one.setting) for one in runs]
+    # Rates share what a recipe prepares, such as another model, and `join_parts` then holds it once.
+    alike = {(id(one.setting), one.strength): one for one in runs}
+    made = {which: strengthened(method, one.strength).recipe(one.setting) for which, one in alike.items()}
+    recipes = [made[id(one.setting), one.strength] for one in runs]
     step, *others = {step_of(recipe, config, moving) for recipe in recipes}
     if others:
         raise ValueError("the members of a sweep must share one program")

@@ -15,8 +15,9 @@ from toys import MODEL, OTHER, PARAMS, SETTING, compiled, first_batch, prepared
 
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.tokens import IGNORED, Examples
+from jaxforget.training.batches import Stream
 from jaxforget.training.gradients import mean_gradient
-from jaxforget.training.objectives import kl_divergence, next_token
+from jaxforget.training.objectives import kl_divergence, next_token, token_logp
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import METHODS, Setting
@@ -31,6 +32,7 @@ from jaxforget.unlearning.simnpo import SimNPO, simnpo
 from jaxforget.unlearning.task_vector import TaskVector, negated
 from jaxforget.unlearning.undial import Undial, undial
 from jaxforget.unlearning.weighted_ascent import WGA, SatImp, weighted
+from jaxforget.unlearning.whp import WHP, reinforced, whp
 
 # ------------------------------------------------------------------------------------------------ golden values
 # Rows of the golden batches: forget, preferred ("win"), retain. Labels as in Hugging Face's files, not shifted.
@@ -222,6 +224,10 @@ def lowered(z, r, y, beta):
     return cross_entropy(np.exp(logp(r)), z)
 
 
+def generic(z, r, s, a):
+    return cross_entropy(np.exp(logp(r - a * np.maximum(s - r, 0.0))), z)
+
+
 def npo_64(x, b):
     return np.mean([2 / b * np.log1p((math.exp(total(z, y)) / math.exp(total(r, y))) ** b) for z, r, y in x.forget])
 
@@ -277,6 +283,8 @@ FORMULAS = {
     "ceu": lambda x: token_mean(x.forget, without_true),
     "pdu": lambda x: token_mean(x.forget, lambda z, r, y: (z.max(-1) - z.mean(-1)) ** 2) + nll(x.retain) - x.epsilon,
     "task_vector": lambda x: nll(x.forget),
+    "whp": lambda x: np.concatenate([generic(z, r, s, 5.0)
+                                     for (z, r, y), s in zip(x.forget, x.reinforced, strict=True)]).mean(),
 }  # fmt: skip
 
 
@@ -285,15 +293,21 @@ def in_float64(recipe, batch, params):
     batch = {name: np.asarray(column) for name, column in batch.items()}
     x = toys.SimpleNamespace()
 
+    def logits(params, part):
+        return np.asarray(MODEL.batch_logits(params, part), np.float64)
+
     def rows(kind, which):
         part = {"tokens": batch[f"{kind}tokens"][which]}
-        z, r = (np.asarray(MODEL.batch_logits(p, part), np.float64) for p in (params, PARAMS))
+        z, r = (logits(p, part) for p in (params, PARAMS))
         labels = batch[f"{kind}labels"][which]
         return [(z[n][row != IGNORED], r[n][row != IGNORED], row[row != IGNORED]) for n, row in enumerate(labels)]
 
     x.forget, x.retain = (rows("", batch["stream"] == stream) for stream in (0, 1))
     if "preferred_tokens" in batch:
         x.preferred = rows("preferred_", batch["stream"] == 0)
+    if "reinforced" in recipe.parts:
+        z = logits(recipe.parts["reinforced"], batch)
+        x.reinforced = [z[n][row != IGNORED] for n, row in enumerate(batch["labels"])]
     blocks = 2  # min(7, 2 // 2) + 1
     h, was = (np.asarray(MODEL.stream(p, batch, blocks), np.float64) for p in (params, PARAMS))
     answers = [1 + np.flatnonzero(row != IGNORED) for row in batch["labels"]]
@@ -335,12 +349,12 @@ COUNT = np.array([4, 2, 1])
 BATCH = {"labels": LABELS, "stream": np.zeros(3, np.int32)}
 
 
-def term(loss, z=Z, **columns):
+def term(loss, z=Z, parts=None, **columns):
     """Return (losses_B, gradient of their sum in the logits)."""
     batch = {**BATCH, **columns}
 
     def values(z):
-        losses_B = loss({"reference": R}, batch, z)
+        losses_B = loss({"reference": R, **(parts or {})}, batch, z)
         return losses_B.sum(), losses_B
 
     grads, losses_B = jax.grad(values, has_aux=True)(z)
@@ -453,6 +467,48 @@ def test_undial_without_lowering_is_distillation():
     entropy_BT = -np.asarray((jax.nn.softmax(R) * jax.nn.log_softmax(R)).sum(-1))
     expected = [entropy[label != -100].mean() for entropy, label in zip(entropy_BT, LABELS, strict=True)]
     np.testing.assert_allclose(losses_B, expected, rtol=1e-5)
+
+
+def test_whp_takes_off_what_reinforcement_adds():
+    """In float64; without a scale, or where no logit rises, it is distillation of the starting model."""
+    S = jnp.asarray(np.random.default_rng(3).normal(0, 2, (3, 5, 7)), jnp.float32)
+    scored = LABELS != -100
+    for scale, added in ((2.5, S), (0.0, S), (2.5, R - jnp.abs(S))):
+        losses_B, grads = term(whp(_Logits(), scale), parts={"reinforced": added})
+        z, r, s = (np.asarray(x, np.float64) for x in (Z, R, added))
+        expected = [generic(z[b], r[b], s[b], scale)[scored[b]].mean() for b in range(3)]
+        np.testing.assert_allclose(losses_B, expected, rtol=1e-5)
+        target = np.exp(logp(r - scale * np.maximum(s - r, 0.0)))
+        gap = (np.exp(logp(z)) - target) * scored[..., None] / COUNT[:, None, None]
+        np.testing.assert_allclose(grads, gap, rtol=1e-4, atol=1e-6)  # no gradient by the target
+        if added is not S or not scale:
+            assert np.abs(term(whp(_Logits(), scale), R, {"reinforced": added})[1]).max() < 1e-6  # rounding of p - q
+
+
+def test_the_reinforced_model_is_tuned_on_the_forget_set_once(tmp_path, monkeypatch):
+    setting, optimizer = SETTING._replace(cache=tmp_path), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+
+    @jax.jit
+    def update(params, state, tokens, labels):
+        def loss(params):
+            logp_BT, scored_BT = token_logp(MODEL.batch_logits(params, {"tokens": tokens}), labels)
+            return -logp_BT.sum() / scored_BT.sum()
+
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, optimizer.init(PARAMS)
+    batches = toys.Batches((Stream(SETTING.sets["forget"], 4),), 4, 0)
+    for n in range(batches.steps):
+        batch = batches.take(n, n + 1, 1)
+        params, state = update(params, state, batch["tokens"][0], batch["labels"][0])
+    found = reinforced(setting, 4, 1e-2)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), found, params)
+    monkeypatch.setattr("jaxforget.unlearning.whp.fit", None)  # read from here on
+    again = WHP(reinforce_epochs=4, reinforce_rate=1e-2).recipe(setting).parts["reinforced"]
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+    with pytest.raises(TypeError):
+        reinforced(setting, 4, 2e-2)  # another one
 
 
 class _Logits:

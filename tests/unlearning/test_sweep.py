@@ -29,14 +29,14 @@ def alone(method, one: Member, directory, monkeypatch):
     return params, record
 
 
-# Plain, a frozen part, a stored column, a part that moves, another model than the one that moves.
-@pytest.mark.parametrize("name", ["ascent_descent_indist", "ascent_kl_indist", "npo", "pdu", "task_vector"])
+# Plain, a frozen part, a stored column, a part that moves, another model than the one that moves, two frozen models.
+@pytest.mark.parametrize("name", ["ascent_descent_indist", "ascent_kl_indist", "npo", "pdu", "task_vector", "whp"])
 def test_a_member_is_the_run_alone(name, tmp_path, monkeypatch):
     runs = grid(METHOD[name], SEEDS, (1e-2, 3e-2), (1.0, 4.0))
     seen = {}
     found = sweep(METHOD[name], runs, CONFIG, everything(), how="map", evaluate_every=2,
                   evaluate=lambda step, params: seen.setdefault(step, params))  # fmt: skip
-    assert len(found.params) == len(runs) == (4 if name == "task_vector" else 8)
+    assert len(found.params) == len(runs) == (4 if name in ("task_vector", "whp") else 8)
     assert sorted(seen) == [0, 2, 4, 6] and found.notes == [None] * len(runs)
     for k in (1, len(runs) - 2):  # of either seed, rate and strength
         params, record = alone(METHOD[name], runs[k], tmp_path / str(k), monkeypatch)

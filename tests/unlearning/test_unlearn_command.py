@@ -55,8 +55,8 @@ SMOKE = ("--preset", "smoke", "--train.epochs", 1, "--epochs", 1, "--stop-at", "
 
 @pytest.mark.slow  # for its programs
 def test_adapters_under_every_kind_of_method(in_process):
-    """A stored reference, sampled answers, hidden states, a dual variable, and a model made of what was trained."""
-    methods = ("npo", "alt_po", "rmu", "pdu", "task_vector")
+    """A stored reference, sampled answers, hidden states, a dual variable, a model made of what was trained, another."""
+    methods = ("npo", "alt_po", "rmu", "pdu", "task_vector", "whp")
     out = in_process(train.unlearn, "adapters", *SMOKE, "--methods", *methods, "--lora.rank", 2).out
     models = out / "seed0" / "models"
     _, original = hub.load(models / "original")
@@ -68,7 +68,7 @@ def test_adapters_under_every_kind_of_method(in_process):
         assert {jax.tree_util.keystr(path, simple=True, separator="/") for path in changed} == {
             "blocks/attn/q/kernel", "blocks/attn/v/kernel"}, name  # fmt: skip
     kept = sorted(path.name for path in (out / "seed0" / "reference").iterdir())
-    assert [name.rpartition("-")[0] for name in kept] == ["alternatives", "sequence_logp", "sequence_logp"]
+    assert [name.rpartition("-")[0] for name in kept] == ["alternatives", "reinforced", "sequence_logp", "sequence_logp"]
 
 
 @pytest.mark.slow  # for its programs
