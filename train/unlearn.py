@@ -36,6 +36,7 @@ from jaxforget.unlearning import METHODS, PAPER, Method, Setting, adjust, check_
 from jaxforget.unlearning.page import TERMINAL, YARDSTICKS, verdict, write_report
 from jaxforget.unlearning.retain import retain_rows
 from jaxforget.unlearning.run import sample, unlearn, watched_losses
+from jaxforget.unlearning.saliency import candidates, salient
 from jaxforget.unlearning.scoring import gaps, score
 
 
@@ -82,6 +83,9 @@ class Config:
     model's on the forget set (an oracle, for measurements only); never, all epochs are run."""
     trainable: tuple[str, ...] = ()
     """Unlearn in parameters whose path matches one of these regular expressions alone, such as blocks/mlp/down/.*."""
+    density: float = 1.0
+    """Unlearn in this share of the parameters alone, those where the gradient of the forget loss is largest (arXiv
+    2310.12508), by a sparse difference; of those that match --trainable, where given. 1 is all."""
     lora: LoraConfig = LoraConfig(rank=0)
     evaluate_every: int = 4
     """Unlearning steps between measurements of the sets (curves, and the stopping rule)."""
@@ -199,6 +203,10 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, Setting,
     require_causal(start.model, config.model or config.base)
     moving = moving_parts(config.trainable, config.lora)
     jax.eval_shape(moving.init, jax.random.key(0), {"model": start.model.shapes()})  # tells what matches nothing
+    if config.density != 1:
+        candidates(start.model, config.trainable, config.density)
+        if config.lora.rank:
+            raise UserError("--density and --lora.rank exclude each other")
 
     def tokens(records, where, tell=command.say):
         return encode(records, start.tokenizer, config.text, context=start.model.max_length, where=where, tell=tell)
@@ -207,6 +215,7 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, Setting,
         start.model, None, {name: tokens(part, name) for name, part in records.items()}, config.unlearning.batch_size,
         config.seed, tuple(sorted(set(start.tokenizer.all_special_ids))), start.tokenizer.pad_token_id,
         records["forget"], start.tokenizer, functools.partial(tokens, where="other answers", tell=lambda message: None),
+        microbatch=config.unlearning.microbatch_of(config.unlearning.batch_size),
     )  # fmt: skip
     for name, method in methods.items():
         check_setting(method, name, setting)
@@ -247,10 +256,13 @@ def one_seed(
         command.say(f"--stop-at {config.stop_at} needs that set or model, which is not given; all epochs are run")
 
     setting = setting._replace(params=original, seed=seed, cache=home / "reference")
+    moving = moving_parts(config.trainable, config.lora)
+    if config.density != 1:
+        moving = salient(setting, config.trainable, config.density)
     rows = [first, *([yardstick] if yardstick else [])]
     for name, method in methods.items():
         try:
-            params, cost = best_rate(config, out, start, setting, home, name, method, target, scored)
+            params, cost = best_rate(config, out, start, setting, home, name, method, moving, target, scored)
         except NonFiniteLoss as error:
             rows.append({"name": name, **dict.fromkeys(first.keys() - {"name"}), "note": f"failed: {error}"})
             continue
@@ -291,7 +303,7 @@ def target_model(config: Config, out: Run, start: Start, sets, given, home: Path
     )  # fmt: skip
 
 
-def best_rate(config: Config, out: Run, start: Start, setting, home, name, method, target, scored):
+def best_rate(config: Config, out: Run, start: Start, setting, home, name, method, moving, target, scored):
     """Run a method once, or once a learning rate and keep the best. Returns (params, cost).
 
     Best: least |forget loss - target| plus the rise of retain and general loss over the original's, nats a token, on
@@ -305,9 +317,8 @@ def best_rate(config: Config, out: Run, start: Start, setting, home, name, metho
         stage = name if len(rates) == 1 else f"{name}@{rate:g}"
         try:
             params, cost = run_stage(
-                out, home, setting.seed, stage, unlearn, method, setting, config.unlearning,
-                moving_parts(config.trainable, config.lora), learning_rate=rate, watched=watched, target=target,
-                evaluate_every=config.evaluate_every,
+                out, home, setting.seed, stage, unlearn, method, setting, config.unlearning, moving,
+                learning_rate=rate, watched=watched, target=target, evaluate_every=config.evaluate_every,
                 curve=lambda step, losses, stage=stage: out.log(stage, step, {"seed": setting.seed, **losses}),
                 save_tokenizer=start.save_tokenizer, checkpoint_every=config.checkpoint_every,
             )  # fmt: skip

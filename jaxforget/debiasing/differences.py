@@ -14,55 +14,17 @@ places of a sparse difference, G tensors, K members of an ensemble that share a 
 from __future__ import annotations
 
 import functools
-import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.debiasing.gates import GateConfig, open_probability, sample
-from jaxforget.errors import UserError
+from jaxforget.training.sparse import Layout, budget, lay_out, placed, prune, where
 from jaxforget.training.step import Parts, PyTree, Trainable
 from jaxforget.training.trainable import path_str, subset
 
 GATES = 0x47415445  # what a key is for
-
-
-class Layout(NamedTuple):
-    """Which parameters may differ, and where they stand in the vector: row-major, one path after the other."""
-
-    paths: tuple[str, ...]  # sorted
-    shapes: tuple[tuple[int, ...], ...]
-    tensors: tuple[int, ...]  # of each path: the layers of stacked blocks, else 1
-
-    @property
-    def sizes(self) -> np.ndarray:
-        return np.asarray([int(np.prod(shape)) for shape in self.shapes], np.int64)
-
-    @property
-    def size(self) -> int:
-        return int(self.sizes.sum())
-
-    def split(self, vector_N) -> dict[str, jax.Array]:
-        """Return path -> array."""
-        parts = jnp.split(vector_N, np.cumsum(self.sizes)[:-1].tolist())
-        return {path: part.reshape(shape) for path, part, shape in zip(self.paths, parts, self.shapes, strict=True)}
-
-    def add(self, params: PyTree, vector_N) -> PyTree:
-        """Add a difference. Parameters may have leading axes more than the layout, which then share the difference."""
-        found = self.split(vector_N)
-
-        def one(path, x):
-            delta = found.get(path_str(path))
-            return x if delta is None else x + jnp.broadcast_to(delta, x.shape).astype(x.dtype)
-
-        return jax.tree_util.tree_map_with_path(one, params)
-
-    def spread(self, group_G) -> jax.Array:
-        """Give every parameter the number of its tensor."""
-        sizes_G = np.repeat(self.sizes // np.asarray(self.tensors), self.tensors)
-        return jnp.repeat(group_G, sizes_G, total_repeat_length=self.size)
 
 
 @functools.cache
@@ -71,20 +33,7 @@ def layout_of(model, patterns: tuple[str, ...] = (".*",)) -> Layout:
 
     Raises UserError for a pattern that matches nothing, or is none.
     """
-    leaves = [(path_str(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model.headless.shapes())]
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"gates pattern {pattern!r} is not a regular expression: {error}") from None
-        if not any(re.fullmatch(pattern, path) for path, _ in leaves):
-            raise UserError(f"gates pattern {pattern!r} matches no parameter; paths look like {leaves[0][0]!r}")
-    chosen = sorted((path, leaf.shape) for path, leaf in leaves if any(re.fullmatch(p, path) for p in patterns))
-    stacks = model.config.stacks
-    found = Layout(*zip(*((path, shape, stacks.get(path.split("/")[0], 1)) for path, shape in chosen), strict=True))
-    if found.size >= 2**31:  # places are 32 bits
-        raise UserError(f"{found.size} parameters may differ; at most {2**31 - 1} can: name fewer by --differs")
-    return found
+    return lay_out(model.headless.shapes(), patterns, model.config.stacks)
 
 
 # ---------------------------------------------------------------------------------------------- trainables
@@ -143,41 +92,17 @@ def fixed(layout: Layout, modules: int = 1, others: tuple[str, ...] = (), *, hea
         given = parts["modules"]
         moving, frozen = _others(key, {name: part for name, part in parts.items() if name != "modules"}, others)
         moving["modules"] = [{"value": module["value"]} for module in given[:modules]]
-        return moving, frozen | {"modules": [_where(layout, module["place"]) for module in given[:modules]]}
+        return moving, frozen | {"modules": [where(layout, module["place"]) for module in given[:modules]]}
 
     def combine(frozen: Parts, moving: PyTree, key=None) -> Parts:
         parts = _joined({name: part for name, part in frozen.items() if name != "modules"}, moving)
-        modules = [{**where, **module} for where, module in zip(frozen["modules"], moving["modules"], strict=True)]
+        modules = [{**places, **module} for places, module in zip(frozen["modules"], moving["modules"], strict=True)]
         return parts | {
-            "on": [_switched(layout, parts["model"], _placed(**module), head) for module in modules],
+            "on": [_switched(layout, parts["model"], placed(**module), head) for module in modules],
             "modules": [{"place": module["place"], "value": module["value"]} for module in modules],
         }
 
     return Trainable(init, combine)
-
-
-def dense(layout: Layout, place_P, value_P) -> jax.Array:
-    """Return the difference as a vector (N,). Places from N on are padding."""
-    return _placed(jnp.asarray(value_P), **_where(layout, place_P))
-
-
-def _where(layout: Layout, place_P) -> dict[str, jax.Array]:
-    """Return the places, and for each of the N parameters its value's place among the P, or P where it has none."""
-    place_P, count = jnp.asarray(place_P), len(place_P)
-    source_N = jnp.full(layout.size, count, jnp.int32).at[place_P].set(jnp.arange(count, dtype=jnp.int32), mode="drop")
-    return {"place": place_P, "source": source_N}
-
-
-@jax.custom_vjp
-def _placed(value, place, source):
-    """Put values in their places: a gather both ways. A scatter takes a CPU several times as long as the model."""
-    return jnp.take(jnp.pad(value, (0, 1)), source)
-
-
-_placed.defvjp(
-    lambda value, place, source: (_placed(value, place, source), place),
-    lambda place, g: (jnp.take(g, place, mode="fill", fill_value=0.0), None, None),
-)
 
 
 def _switched(layout: Layout, model: PyTree, delta_N, head: bool) -> PyTree:
@@ -198,31 +123,6 @@ def _joined(frozen: Parts, moving: PyTree) -> Parts:
 
 
 # ------------------------------------------------------------------------------------------------- pruning
-def budget(density: float, size: int) -> int:
-    """Return how many of N parameters a module may change. Raises UserError unless it is one at least."""
-    if not 0 < density <= 1:
-        raise UserError(f"density is {density}; it must be above 0 and at most 1")
-    if not (count := round(density * size)):
-        raise UserError(f"density {density:g} of {size} parameters keeps none; give more")
-    return count
-
-
-def prune(value_N: np.ndarray, density: float, *, strict: bool = False) -> np.ndarray:
-    """Return the places, int64 (P,), sorted, of the k = round(density * N) largest magnitudes that are not 0.
-
-    density: of the N parameters that may differ, above 0 and at most 1; an upper bound, as zeros are never kept. Equal
-    magnitudes: the first places win, or with `strict`, as in the released code of arXiv 2205.15171, all are dropped
-    that are not above the (k + 1)-th largest.
-    """
-    size_N = np.abs(np.asarray(value_N))
-    k = budget(density, len(size_N))
-    if strict:
-        cutoff = np.partition(size_N, len(size_N) - k - 1)[len(size_N) - k - 1] if k < len(size_N) else 0.0
-        return np.flatnonzero(size_N > cutoff)
-    kept = np.argsort(-size_N, kind="stable")[:k]
-    return np.sort(kept[size_N[kept] > 0])
-
-
 def sparse(value_N: np.ndarray, density: float, *, strict: bool = False) -> dict[str, np.ndarray]:
     """Prune a difference to {"place", "value"}, both (P,) with P = round(density * N) whatever the difference.
 

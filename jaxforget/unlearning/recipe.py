@@ -23,6 +23,7 @@ class Setting(NamedTuple):
 
     For methods that answer the forget questions otherwise: records, those of the forget set; tokenizer; encode, which
     tokenises records as the sets were. cache: a directory for what the starting model says; None keeps nothing.
+    microbatch: forget rows differentiated at a time where a method trains before the run; None is all.
     """
 
     model: Any
@@ -36,6 +37,7 @@ class Setting(NamedTuple):
     tokenizer: Any = None
     encode: Callable[[Sequence[Record]], Examples] | None = None
     cache: Path | None = None
+    microbatch: int | None = None
 
 
 class Recipe(NamedTuple):

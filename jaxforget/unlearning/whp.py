@@ -25,7 +25,7 @@ from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.objectives import next_token, sequence_mean
-from jaxforget.training.optimizer import TrainConfig, adamw, set_schedule
+from jaxforget.training.optimizer import OptimizerConfig, adamw, set_schedule
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import retain
@@ -63,10 +63,9 @@ class WHP(retain.RetainConfig):
 
 def reinforced(setting: Setting, epochs: int, learning_rate: float):
     """Return the parameters of the starting model tuned on the forget set, on the host; kept on disk."""
-    config = TrainConfig(epochs=epochs, learning_rate=learning_rate, schedule="constant", warmup=0.0)
+    config = OptimizerConfig(learning_rate=learning_rate, schedule="constant", warmup=0.0)
     forget, model = setting.sets["forget"], setting.model
-    gradient = mean_gradient(config.microbatch_of(setting.rows))
-    step = make_step(next_token(model), everything(), gradient, adamw(config))
+    step = make_step(next_token(model), everything(), mean_gradient(setting.microbatch), adamw(config))
 
     def compute():
         batches = Batches((Stream(forget, setting.rows),), epochs, setting.seed, "token")

@@ -9,13 +9,11 @@ from classifiers import examples, toy
 from scipy.special import expit
 
 from jaxforget.debiasing.differences import (
-    dense,
     difference,
     expected_l0,
     fixed,
     gated,
     layout_of,
-    prune,
     sparse,
 )
 from jaxforget.debiasing.gates import GateConfig
@@ -26,6 +24,7 @@ from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import classification
 from jaxforget.training.optimizer import OptimizerConfig, set_schedule
+from jaxforget.training.sparse import placed, where
 from jaxforget.training.step import make_run, make_step
 from jaxforget.training.trainable import path_str
 
@@ -133,13 +132,6 @@ def test_each_module_has_its_own_noise_and_penalty():
 # ------------------------------------------------------------------------------------------------ pruning
 
 
-def test_pruning_by_hand():
-    values = np.asarray([0.9, -0.1, 0.5, -0.5, 0.3, 0, 0.7, 0.2, 0, 0])
-    assert prune(values, 0.3, strict=True).tolist() == [0, 6]  # 0.5 is the cutoff, and twice there
-    assert prune(values, 0.3).tolist() == [0, 2, 6]
-    assert prune(values, 1.0).tolist() == prune(values, 1.0, strict=True).tolist() == [0, 1, 2, 3, 4, 6, 7]
-
-
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_budget_holds_and_what_is_kept_is_largest(density, strict):
@@ -153,18 +145,7 @@ def test_the_budget_holds_and_what_is_kept_is_largest(density, strict):
     if not strict:
         assert len(kept) == min(round(density * LAYOUT.size), np.count_nonzero(value_N))
     expected = np.where(np.isin(np.arange(LAYOUT.size), kept), value_N, 0)
-    np.testing.assert_array_equal(dense(LAYOUT, found["place"], found["value"]), expected)
-
-
-@pytest.mark.parametrize("density", [0.0, -0.1, 1.01])
-def test_impossible_densities_are_refused(density):
-    with pytest.raises(UserError, match=f"density is {density}; it must be above 0 and at most 1"):
-        prune(np.ones(10), density)
-
-
-def test_a_budget_of_nothing_is_refused():
-    with pytest.raises(UserError, match="density 0.04 of 10 parameters keeps none"):
-        prune(np.ones(10), 0.04)
+    np.testing.assert_array_equal(placed(found["value"], **where(LAYOUT, found["place"])), expected)
 
 
 # ----------------------------------------------------------------------------------------------- training

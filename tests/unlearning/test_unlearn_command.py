@@ -14,7 +14,9 @@ from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import OptimizerConfig, adamw, set_schedule
+from jaxforget.training.sparse import lay_out
 from jaxforget.training.step import make_step
+from jaxforget.training.trainable import path_str
 from jaxforget.unlearning.pdu import PDU
 from jaxforget.unlearning.recipe import moves, optimized
 
@@ -55,7 +57,7 @@ SMOKE = ("--preset", "smoke", "--train.epochs", 1, "--epochs", 1, "--stop-at", "
 
 @pytest.mark.slow  # for its programs
 def test_adapters_under_every_kind_of_method(in_process):
-    """A stored reference, sampled answers, hidden states, a dual variable, a model made of what was trained, another."""
+    """A stored reference, sampled answers, hidden states, a dual variable, a model made of what was trained, two."""
     methods = ("npo", "alt_po", "rmu", "pdu", "task_vector", "whp")
     out = in_process(train.unlearn, "adapters", *SMOKE, "--methods", *methods, "--lora.rank", 2).out
     models = out / "seed0" / "models"
@@ -65,10 +67,30 @@ def test_adapters_under_every_kind_of_method(in_process):
         changed = {path for (path, x), (_, y) in zip(jax.tree_util.tree_leaves_with_path(params),
                                                      jax.tree_util.tree_leaves_with_path(original), strict=True)
                    if not np.array_equal(x, y)}  # fmt: skip
-        assert {jax.tree_util.keystr(path, simple=True, separator="/") for path in changed} == {
+        assert {path_str(path) for path in changed} == {
             "blocks/attn/q/kernel", "blocks/attn/v/kernel"}, name  # fmt: skip
     kept = sorted(path.name for path in (out / "seed0" / "reference").iterdir())
-    assert [name.rpartition("-")[0] for name in kept] == ["alternatives", "reinforced", "sequence_logp", "sequence_logp"]
+    assert [name.rpartition("-")[0] for name in kept] == ["alternatives", "nll", "reinforced", *["sequence_logp"] * 2]
+
+
+@pytest.mark.slow  # for its programs
+def test_a_sparse_difference_changes_its_places_alone(in_process):
+    """Of the matrices it may change, by a method with a reference and one that saves what `finish` makes."""
+    sparse = (*SMOKE, "--methods", "npo", "task_vector", "--trainable", ".*/kernel", "--density", 0.01)
+    out = in_process(train.unlearn, "sparse", *sparse).out
+    models = out / "seed0" / "models"
+    original, *changed = (hub.load(models / name)[1] for name in ("original", "npo", "task_vector"))
+    (kept,) = (out / "seed0" / "reference").glob("places-*.npz")
+    layout = lay_out(original, (".*/kernel",), {})
+    place_P = np.load(kept)["place"]
+    assert len(place_P) == round(0.01 * layout.size)
+    for params in changed:
+        moved_N = layout.join(params).view(np.uint32) != layout.join(original).view(np.uint32)
+        assert set(np.flatnonzero(moved_N)) <= set(place_P) and moved_N.sum() > 0.9 * len(place_P)
+        outside = [np.array_equal(x.view(np.uint32), y.view(np.uint32)) for (path, x), (_, y) in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree_util.tree_leaves_with_path(original), strict=True)
+            if path_str(path) not in layout.paths]  # fmt: skip
+        assert outside and all(outside)
 
 
 @pytest.mark.slow  # for its programs
@@ -85,6 +107,9 @@ def test_all_methods_run(in_process):
     (("--trainable", "blocks/attn/x/.*"), "trainable pattern 'blocks/attn/x/.*' matches no parameter"),
     (("--trainable", "blocks/.*", "--lora.rank", 2), "--trainable and --lora.rank exclude each other"),
     (("--lora.rank", 2, "--lora.targets", "x"), "LoRA target 'x' matches no layer"),
+    (("--density", 0.1, "--lora.rank", 2), "--density and --lora.rank exclude each other"),
+    (("--density", 0), "density is 0.0; it must be above 0 and at most 1"),
+    (("--density", 1e-9), "density 1e-09 of [0-9]+ parameters keeps none; give more"),
     (("--methods", "rmu", "--settings", "rmu.layer=2"), "method rmu: layer is 2; the model has blocks 0 to 1"),
     (("--methods", "dpo", "--settings", "dpo.field=other"), "method dpo: .*has no text in field 'other'"),
     (("--methods", "npo", "--settings", "npo.beta=0"), "--settings npo.beta=0: beta is 0.0; it must be above 0"),

@@ -11,12 +11,11 @@ import numpy as np
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record
 from jaxforget.data.tokens import IGNORED, Examples
-from jaxforget.debiasing.differences import Layout, fixed
 from jaxforget.models.layers import linear
 from jaxforget.training.batches import Batches
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.lora import LoraConfig, lora
-from jaxforget.training.step import Trainable
+from jaxforget.training.sparse import Layout, sparse_difference
 from jaxforget.unlearning import METHODS, Setting
 
 
@@ -102,22 +101,7 @@ PLACES = np.asarray([3, 17, 40, 71], np.uint32)  # of 72 parameters
 LORA = LoraConfig(rank=2, targets=("mix",))
 
 
-@functools.cache
-def sparse() -> Trainable:
-    """Four values of one kernel, and the model that the difference makes of the starting one."""
-    inner = fixed(Layout((KERNEL,), ((2, 6, 6),), (2,)))
-
-    def init(key, parts):
-        return inner.init(key, {**parts, "modules": [{"place": PLACES, "value": np.zeros(4, np.float32)}]})
-
-    def combine(frozen, moving, key=None):
-        parts = inner.combine(frozen, moving, key)
-        return {**parts, "model": parts["on"][0]}
-
-    return Trainable(init, combine)
-
-
-MOVING = {"lora": lora(LORA), "sparse": sparse()}
+MOVING = {"lora": lora(LORA), "sparse": sparse_difference(Layout((KERNEL,), ((2, 6, 6),), (2,)), PLACES)}
 
 
 # -------------------------------------------------------------------------------------------------- programs
