@@ -23,6 +23,7 @@ from jaxforget.errors import UserError
 from jaxforget.metrics.bias.generation import encode_prompts
 from jaxforget.metrics.bias.scoring import AT_ONCE, width_of
 from jaxforget.metrics.language import TokenScores, in_batches
+from jaxforget.models import sharding
 from jaxforget.models.generate import generate
 from jaxforget.training.objectives import sequence_mean, token_logp
 
@@ -92,7 +93,7 @@ class Evidence(NamedTuple):
 
 def gather(reader: Reader, params, request: Request, batch: int = 32) -> Evidence:
     """Answer a request. batch: rows at once, fewer where logits would fill memory."""
-    params = jax.tree.map(jnp.asarray, params)
+    params = sharding.place(params)
     model, scored = reader.model, {}
     for name, examples, (logp_NT, correct_NT, z_NT) in _together(_scorer(model), model, params, request.scored, batch):
         scored[name] = Scored(examples, TokenScores(logp_NT, correct_NT, examples.scored), z_NT)
@@ -210,13 +211,14 @@ def write(reader: Reader, params, prompts: Sequence[str], max_new_tokens: int, b
         for at in range(0, len(members), size):
             part = members[at : at + size]
             # One row more, unread and as wide as can be: every batch is then of one shape, hence one program.
-            tokens, mask = np.full((size + 1, T), pad, np.int32), np.ones((size + 1, T), bool)
+            rows_B = size + 1 + -(size + 1) % sharding.size(*sharding.ROWS)
+            tokens, mask = np.full((rows_B, T), pad, np.int32), np.ones((rows_B, T), bool)
             for b, n in enumerate(part):
                 tokens[b, : len(rows[n])], mask[b, len(rows[n]) :] = rows[n], False
-            wanted = np.arange(size + 1) < len(part)
+            wanted = np.arange(len(tokens)) < len(part)
             new = generate(model, params, tokens, mask, max_new_tokens=max_new_tokens, eos_id=eos, pad_id=pad,
                            wanted_B=wanted)  # fmt: skip
-            for n, ids in zip(part, np.asarray(new).tolist(), strict=False):
+            for n, ids in zip(part, sharding.host(new).tolist(), strict=False):
                 ids = ids[: ids.index(eos)] if eos in ids else ids
                 texts[unique[n]] = tokenizer.decode(ids, skip_special_tokens=True)
     return [texts[prompt] for prompt in prompts]

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxforget.data.sampling import hash64
 from jaxforget.data.tokens import Examples
+from jaxforget.models.sharding import ROWS, host, place, place_rows, size
 from jaxforget.training.objectives import mask_tokens, token_logp
 
 
@@ -36,12 +37,13 @@ def _scorer(model):
 
 def in_batches(function, params, examples: Examples, batch: int):
     """Apply a compiled `function(params, batch)` to all examples and join its arrays on the host."""
-    params, results = jax.tree.map(jnp.asarray, params), []
+    params, results = place(params), []
+    batch += -batch % size(*ROWS)
     columns = {name: column for name, column in examples.columns.items() if name != "key"}  # 64 bits, for the host
     for start in range(0, len(examples), batch):
         rows = np.arange(start, start + batch).clip(max=len(examples) - 1)  # one shape; the tail repeats a row
-        results.append(function(params, {name: column[rows] for name, column in columns.items()}))
-    return jax.tree.map(lambda *parts: np.concatenate([np.asarray(p) for p in parts])[: len(examples)], *results)
+        results.append(function(params, place_rows({name: column[rows] for name, column in columns.items()})))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(examples)], *map(host, results))
 
 
 def token_scores(model, params, examples: Examples, batch: int = 32) -> TokenScores:

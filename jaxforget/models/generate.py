@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxforget.errors import UserError
 from jaxforget.models.model import Model
+from jaxforget.models.sharding import place_rows
 
 
 def generate(
@@ -65,6 +66,7 @@ def generate(
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, row_ids)
     sampling = {"keys_B": keys_B, "temperature": jnp.float32(temperature or 1.0), "top_p": jnp.float32(top_p)}
     greedy = temperature == 0
+    tokens_BT, lengths_B = place_rows((tokens_BT, lengths_B))
     logits_BV, cache, next_B = _prefill(model, params, tokens_BT, lengths_B, max_new_tokens)
     eos_ids = np.atleast_1d(np.asarray(() if eos_id is None else eos_id, np.int32))
     ended_B = np.zeros(len(tokens_BT), bool) if wanted_B is None else ~np.asarray(wanted_B, bool)

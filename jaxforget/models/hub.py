@@ -20,6 +20,7 @@ import numpy as np
 from jaxforget.errors import RunError, UserError
 from jaxforget.models import configs
 from jaxforget.models.model import Model, Params, build, family_of
+from jaxforget.models.sharding import from_parts, host, parameter_sharding, resting
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -51,7 +52,8 @@ def load(
     seed: int = 0,
     tell: Callable[[str], None] = lambda message: None,
 ) -> tuple[Model, Params]:
-    """Read a model from a directory or by hub name. Parameters are float32 numpy arrays.
+    """Read a model from a directory or by hub name. Parameters are float32 numpy arrays; with a mesh, each device's
+    part is read from the file and put there.
 
     dtype: of activations. head: the head to use instead of the one in the file, "none" for none; a head that the file
     lacks is drawn from `seed`, and `tell` is told. labels: the classes needed; a stored classification head that has
@@ -103,7 +105,7 @@ def to_params(
     seed: int = 0,
     tell: Callable[[str], None] = lambda message: None,
 ) -> Params:
-    """Convert tensors under Hugging Face names to parameters. `tensors[name]` is read once, one at a time.
+    """Convert tensors under Hugging Face names to parameters. `tensors[name]` has a shape and is read by slices.
 
     stored: the config that the tensors were saved with, where the model may have another head; parameters of its head
     that are absent, or made for other labels, are drawn from `seed`. Without it they are errors like others.
@@ -149,23 +151,31 @@ def to_params(
             continue
         shape = get_leaf(shapes, path).shape
         stacked = path.split("/")[0] in model.config.stacks
-        leaf = np.empty(shape, np.float32)
-        for i, name in enumerate(wanted[path]):
-            target = leaf[i] if stacked else leaf
-            tensor = tensors[name]
-            target = target.T if transposed else target
-            if tensor.shape != target.shape:
+        one = shape[1:] if stacked else shape
+        for name in wanted[path]:
+            if tuple(tensors[name].shape) != (one[::-1] if transposed else one):
                 raise UserError(
-                    f"{where}: tensor {name} of parameter {path} has shape {tuple(tensor.shape)}; "
-                    f"the config expects {target.shape}"
+                    f"{where}: tensor {name} of parameter {path} has shape {tuple(tensors[name].shape)}; "
+                    f"the config expects {one[::-1] if transposed else one}"
                 )
-            target[...] = tensor
-        set_leaf(params, path, leaf)
+
+        def read(index, shape=shape, stacked=stacked, transposed=transposed, names=wanted[path]):
+            """Fill the part of the parameter at these slices, tensor by tensor."""
+            part = np.empty([len(range(length)[cut]) for cut, length in zip(index, shape, strict=True)], np.float32)
+            inner = index[1:] if stacked else index
+            for i, name in enumerate(names[index[0]] if stacked else names):
+                target = part[i] if stacked else part
+                target[...] = tensors[name][inner[::-1]].T if transposed else tensors[name][inner]
+            return part
+
+        where_to = parameter_sharding(path, shape)
+        whole = (slice(None),) * len(shape)
+        set_leaf(params, path, read(whole) if where_to is None else from_parts(shape, where_to, read))
     if fresh:
         tell(f"{where}: the {model.config.head} head is new; drawn at random: {', '.join(fresh)}")
         drawn = jax.jit(lambda key: {path: get_leaf(model.init(key), path) for path in fresh})(jax.random.key(seed))
         for path, leaf in drawn.items():
-            set_leaf(params, path, np.asarray(leaf))
+            set_leaf(params, path, resting({path: leaf})[path])
     return params
 
 
@@ -175,7 +185,6 @@ class _Tensors(Mapping):
     def __init__(self, files: list[Path]):
         from safetensors import SafetensorError, safe_open
 
-        self._error = SafetensorError
         self._handles, self._where = [], {}
         for file in files:
             try:
@@ -199,15 +208,30 @@ class _Tensors(Mapping):
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
-    def __getitem__(self, name):
+    def __getitem__(self, name) -> _Stored:
         handle, file, name = self._where[name]
-        stored = handle.get_slice(name).get_dtype()
-        if stored not in _STORED:
-            raise UserError(f"{file}: tensor {name} is stored as {stored}; supported: {', '.join(sorted(_STORED))}")
+        stored = handle.get_slice(name)
+        if stored.get_dtype() not in _STORED:
+            raise UserError(f"{file}: tensor {name} is stored as {stored.get_dtype()}; supported: "
+                            f"{', '.join(sorted(_STORED))}")  # fmt: skip
+        return _Stored(stored, tuple(stored.get_shape()), f"{file} is truncated or damaged at tensor {name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file; a slice of it is what is read."""
+
+    stored: Any
+    shape: tuple[int, ...]
+    damaged: str
+
+    def __getitem__(self, index):
+        from safetensors import SafetensorError
+
         try:
-            return handle.get_tensor(name)
-        except self._error as error:
-            raise UserError(f"{file} is truncated or damaged at tensor {name}: {error}") from None
+            return self.stored[index]
+        except SafetensorError as error:
+            raise UserError(f"{self.damaged}: {error}") from None
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -311,7 +335,7 @@ def to_tensors(model: Model, params: Params) -> dict[str, tuple[tuple[int, ...],
 
 def _reader(leaf, i: int | None, transposed: bool) -> Callable[[], np.ndarray]:
     def read():
-        array = np.asarray(jax.device_get(leaf if i is None else leaf[i]), np.float32)
+        array = np.asarray(host(leaf if i is None else leaf[i]), np.float32)
         return array.T if transposed else array
 
     return read

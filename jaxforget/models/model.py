@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models.layers import REMAT, Draws, Place, last_token, linear, run_blocks
+from jaxforget.models.sharding import pin
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -60,7 +61,7 @@ def _init(config, key):
     for (stack, layers), stack_key in zip(config.stacks.items(), stack_keys, strict=True):
         keys_L = jax.random.split(stack_key, layers)
         params[stack] = jax.vmap(functional(family.BLOCKS[stack], config)[0])(keys_L)
-    return params
+    return pin(params)
 
 
 @dataclasses.dataclass(frozen=True)

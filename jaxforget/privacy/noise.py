@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from jaxforget.privacy.clipping import Clipping, clipped_sum
+from jaxforget.training.gradients import microbatches
 from jaxforget.training.step import Estimator, PyTree, State
 
 COUNT = 0x434F554E  # what a key is for: the noise on the count. Splits of the same key have small numbers
@@ -64,7 +65,7 @@ def private_gradient(
         size = min((microbatch or rows) * how.rows, rows)
         if rows % size:
             raise ValueError(f"microbatch {microbatch} does not divide the batch of {rows // how.rows} units")
-        parts_M = jax.tree.map(lambda x: x.reshape(rows // size, size, *x.shape[1:]), batch)
+        parts_M = microbatches(batch, size)
         real_MU = (parts_M["weight"] > 0).reshape(rows // size, -1, how.rows).any(axis=-1)
 
         def part(i):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget.models import sharding
 from jaxforget.training.batches import Batches
 from jaxforget.training.step import Parts, PyTree, Step
 
@@ -68,9 +69,14 @@ def members(step: Step, how: Members = "auto", own: tuple[str, ...] = ()) -> Ste
 
     def each(function, frozen, *args_K):
         shared, mine_K = split(frozen)
-        if how == "vmap":
-            return jax.vmap(lambda mine, args: function({**shared, **mine}, *args))(mine_K, args_K)
-        return jax.lax.map(lambda one: function({**shared, **one[0]}, *one[1]), (mine_K, args_K))
+
+        def together(mine_K, shared):
+            mine_K, args_K = mine_K
+            if how == "vmap":
+                return jax.vmap(lambda mine, args: function({**shared, **mine}, *args))(mine_K, args_K)
+            return jax.lax.map(lambda one: function({**shared, **one[0]}, *one[1]), (mine_K, args_K))
+
+        return sharding.apart(together, (mine_K, args_K), shared)
 
     def update(state_K, frozen, batch_K):
         return each(lambda frozen, state, batch: step.update(state, frozen, batch), frozen, state_K, batch_K)
@@ -83,7 +89,7 @@ def members(step: Step, how: Members = "auto", own: tuple[str, ...] = ()) -> Ste
         shared, mine_K = split(frozen)
         return jax.vmap(lambda mine, moving: step.combine({**shared, **mine}, moving, key))(mine_K, trainable_K)
 
-    return Step(init, update, run, combine)
+    return Step(init, update, run, combine, own)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

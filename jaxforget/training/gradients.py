@@ -11,6 +11,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxforget.models.sharding import pin_rows
+from jaxforget.training.step import Batch
+
+
+def microbatches(batch: Batch, size: int) -> Batch:
+    """Cut a batch into M parts of `size` rows, (M, size, ...); each part is spread over all devices."""
+    return pin_rows(jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), batch), axis=1)
+
 
 @functools.cache
 def mean_gradient(microbatch: int | None = None):
@@ -36,9 +44,9 @@ def mean_gradient(microbatch: int | None = None):
 
         differentiate = jax.value_and_grad(weighted_sum)
         if size == rows:
-            total, grads = differentiate(trainable, batch)
+            total, grads = differentiate(trainable, pin_rows(batch))
         else:
-            parts_M = jax.tree.map(lambda x: x.reshape(rows // size, size, *x.shape[1:]), batch)
+            parts_M = microbatches(batch, size)
 
             def add(carry, part):
                 return jax.tree.map(jnp.add, carry, differentiate(trainable, part)), None

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from jaxforget.errors import NonFiniteLoss
+from jaxforget.models import sharding
 from jaxforget.training.batches import Batches
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches
-from jaxforget.training.step import Parts, State, Step, make_run
+from jaxforget.training.step import Parts, State, Step, make_run, place
 
 Log = Callable[[int, dict[str, float]], None]
 
@@ -78,6 +79,13 @@ def fit(
     one compiled program, and chunk boundaries do not enter the arithmetic.
     """
     run = make_run(step)
+    state, frozen = place(step, state, frozen)
+    several = step.own is not None
+
+    def take(start: int, stop: int) -> tuple[Any, Any]:
+        batch, count = batches.take(start, stop, chunk), batches.count(start, stop)
+        return sharding.place_whole(batch, lead=several), count
+
     seconds, stopped = 0.0, None
     if checkpoints is not None and (saved := checkpoints.restore(state)) is not None:
         state, notes = saved
@@ -89,7 +97,7 @@ def fit(
     pending: tuple[int, int, Any, dict] | None = None
     began = time.perf_counter()
     # No steps, but the program is compiled: `seconds` then counts work, whichever run happened to need a program first.
-    state, _ = run(state, frozen, batches.take(0, 1, chunk), batches.count(0, 0))
+    state, _ = run(state, frozen, take(0, 1)[0], batches.count(0, 0))
     jax.block_until_ready(state)
     started = time.perf_counter()
     compiling = started - began
@@ -104,7 +112,7 @@ def fit(
             return
         first, count, ran, metrics_S = pending
         pending = None
-        metrics_S = jax.tree.map(np.asarray, metrics_S)
+        metrics_S = sharding.host(metrics_S)
         for i in range(count):
             metrics = {name: _at(i, values_S, ran) for name, values_S in metrics_S.items()}
             if finite and not all(math.isfinite(x) for x in np.ravel(metrics["loss"]) if x is not None):
@@ -124,8 +132,8 @@ def fit(
         stopped = 0
     while done < batches.steps and stopped is None:
         count = min([chunk, batches.steps - done] + [every - done % every for every in stops])
-        ran = batches.count(done, done + count)
-        state, metrics_S = run(state, frozen, batches.take(done, done + count, chunk), ran)
+        batches_S, ran = take(done, done + count)
+        state, metrics_S = run(state, frozen, batches_S, ran)
         settle()
         pending = (done, count, ran, metrics_S)
         done += count

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxforget.models import hub
 from jaxforget.models.layers import merge
+from jaxforget.models.sharding import resting
 from jaxforget.training.batches import Batches
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.loop import Outcome, fit
@@ -49,10 +49,10 @@ def train_stage(
 ) -> tuple[Any, dict[str, Any]]:
     """Train `parts["model"]` over the batches and save it, adapters merged, as a Hugging Face directory.
 
-    Returns (params, record) on the host; a finished directory is loaded instead. The record holds steps, seconds,
-    train_tokens, train_flops, stopped_at and what `describe` adds; `forward_tokens` among that counts tokens that cost
-    a forward pass besides. save_adapter gets the parameters before adapters are merged. prepare completes the fresh
-    state. Checkpoints are removed once the model is saved.
+    Returns (params, record), the parameters as `resting` keeps them; a finished directory is loaded instead. The record
+    holds steps, seconds, train_tokens, train_flops, stopped_at and what `describe` adds; `forward_tokens` among that
+    counts tokens that cost a forward pass besides. save_adapter gets the parameters before adapters are merged. prepare
+    completes the fresh state. Checkpoints are removed once the model is saved.
     """
     if (record := finished(directory)) is not None:
         return hub.load(directory)[1], record
@@ -61,7 +61,7 @@ def train_stage(
     with Checkpoints(checkpoints) as store:
         outcome = fit(step, state, frozen, batches, checkpoints=store, **loop)
     joined = step.combine(frozen, outcome.state.trainable)["model"]
-    params = jax.tree.map(np.asarray, merge(joined))
+    params = resting(merge(joined))
     record = {
         "steps": outcome.steps,
         "seconds": outcome.seconds,

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 
 from jaxforget.data.tokens import check_vocabulary, load_tokenizer, train_tokenizer
 from jaxforget.errors import UserError
 from jaxforget.models import Model, hub
 from jaxforget.models.model import build, family_of
+from jaxforget.models.sharding import check_rules, resting
 
 # What a head is trained for from scratch, when no family is named.
 USUAL_FAMILY = {"causal": "llama", "classification": "bert", "masked": "bert", "seq2seq": "t5"}
@@ -93,6 +93,7 @@ def start_from(
         model, loaded = hub.load(name, head=head, labels=labels, tell=tell)
         tokenizer = load_tokenizer(tokenizer_name or name)
         check_vocabulary(tokenizer, model.vocab_size, name)
+        check_rules(model.shapes())
         return Start(compute.apply(model), lambda seed: loaded, tokenizer, tokenizer.save_pretrained)
     head = head or "causal"
     family = size.family or USUAL_FAMILY[head]
@@ -110,7 +111,7 @@ def start_from(
 
     def draw(seed: int) -> Any:
         # Separate from the key of the run, which is key(seed) itself.
-        return jax.tree.map(np.asarray, model.init(jax.random.fold_in(jax.random.key(seed), 1)))
+        return resting(model.init(jax.random.fold_in(jax.random.key(seed), 1)))
 
     return Start(model, draw, tokenizer, tokenizer.save_pretrained)
 

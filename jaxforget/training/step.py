@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxforget.models import sharding
+
 # What a key is for; large, since splits of a key have small numbers.
 RUN, OPTIMIZER = 0x52554E, 0x4F5054
 
@@ -71,6 +73,7 @@ class Step(NamedTuple):
     update: Callable[[State, Parts, Batch], tuple[State, dict[str, jax.Array]]]
     run: Callable[[State, Parts, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]
     combine: Callable[..., Parts]
+    own: tuple[str, ...] | None = None  # of members: the parts with a leading K; None is a step of one model
 
 
 @functools.cache  # equal compositions are the same function, so each is traced and compiled once a process
@@ -131,5 +134,16 @@ def scan_first(function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carr
 
 @functools.cache
 def make_run(step: Step):
-    """Compile `step.run`. The state is donated."""
-    return jax.jit(step.run, donate_argnums=0)
+    """Compile `step.run`. The state is donated, and lies after it where it lay before."""
+
+    def run(state, frozen, batches_S, count):
+        state, metrics_S = step.run(state, frozen, batches_S, count)
+        return sharding.pin(state, lead=step.own is not None), metrics_S
+
+    return jax.jit(run, donate_argnums=0)
+
+
+def place(step: Step, state: State, frozen: Parts) -> tuple[State, Parts]:
+    """Put what a run works on where the rules of models/sharding.py say."""
+    frozen = {name: sharding.place(part, lead=name in (step.own or ())) for name, part in frozen.items()}
+    return sharding.place(state, lead=step.own is not None), frozen
