@@ -20,7 +20,8 @@ other halves. Robustness to settings is the share of a method's settings whose c
 Chosen models are also measured with weights of 8 and 4 bits, and while they are tuned on the forget set again. Parts of
 the forget set are also unlearned one after another with the chosen setting, each from the model before. Where real
 authors and world facts are not given, utility is of the retain set alone. An ensemble of shards, from which the forget
-set is deleted exactly (SISA), stands beside.
+set is deleted exactly (SISA), stands beside. Side effects on stereotypes and on the loss of groups are measured by the
+means of eval.bias, before and after; the general text of the generated corpus has a gender stereotype for it.
 
 Trainings, sweeps and measurements are cells, each a file: a killed run resumes there.
 """
@@ -29,17 +30,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.unlearning import side_effects
 from benchmarks.unlearning.config import PRESETS, Config
 from benchmarks.unlearning.models import loaded, sweep_method, train_yardsticks
 from benchmarks.unlearning.report import report, rows_of
-from benchmarks.unlearning.study import prepare, validate
+from benchmarks.unlearning.study import Study, prepare, validate
 from benchmarks.unlearning.trials import exact, relearn, requests_of, serve_requests, test
 from jaxforget import command
-from jaxforget.report.run import Run, plain, write_atomic
+from jaxforget.files import write_atomic
+from jaxforget.metrics.bias.benchmarks import Subject
+from jaxforget.report.run import Run, plain
 from jaxforget.unlearning.tuning import YARDSTICKS
 
 
@@ -62,8 +66,18 @@ def run(config: Config) -> None:
         config, out, study, parts, models["original"], models[name], name, swept.get(name)))]  # fmt: skip
     deleted = [cell(out, f"sisa {seed}", lambda seed=seed: exact(config, out, study, seed))
                for seed in range(config.seeds) if config.shards]  # fmt: skip
-    rows = [rows_of(study, seed, found, swept, cost, learned, served, deleted) for seed in range(config.seeds)]
-    report(config, out, study, rows, swept, learned, served)
+    side = [cell(out, f"side effects {seed}", lambda seed=seed: side_effects.measure(
+                study.side, subjects(config, study, there, models, seed), config.resamples, seed))
+            for seed in range(config.seeds)] if any(study.side) else []  # fmt: skip
+    rows = [rows_of(study, seed, found, swept, cost, learned, served, deleted, side) for seed in range(config.seeds)]
+    report(config, out, study, rows, swept, learned, served, side)
+
+
+def subjects(config: Config, study: Study, names: Sequence[str], models, seed: int) -> Iterator[Subject]:
+    """Give the models of a seed, one after another."""
+    for name in names:
+        params = loaded(study, models[name][seed])
+        yield Subject(name, study.start.model, params, study.start.tokenizer, config.start_token == "always")
 
 
 def home(out: Run, name: str, seed: int) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from jaxforget.data import fictional
+from jaxforget.data.stereotyped import StereotypedConfig
 from jaxforget.data.text import TextConfig
 from jaxforget.metrics.benchmark import MeasureConfig
 from jaxforget.training.ensemble import Members
@@ -57,6 +58,19 @@ class Config:
     """TOFU's questions about real authors, with perturbed_answer."""
     world_facts: str | None = None
     """TOFU's questions about the world, with perturbed_answer."""
+    stereoset: str | None = None
+    """StereoSet, to measure side effects, as eval.bias reads it."""
+    crows_pairs: str | None = None
+    """CrowS-Pairs, likewise."""
+    winobias: str | None = None
+    """Directory of WinoBias, likewise."""
+    texts: str | None = None
+    """Texts whose loss is measured by group: text, or question and answer; group. Records to retain with a field
+    'group' are measured anyway."""
+    start_token: Literal["first", "always"] = "first"
+    """Predict first tokens of stereotypes from the start token alone, or let it stand before the whole sentence."""
+    resamples: int = 1000
+    """Bootstrap resamples of stereotypes and texts."""
     metrics: tuple[str, ...] = ("language", "overall")
     """Metrics of eval.unlearning to report; overall is tofu, memorisation and membership."""
     validation_records: int = 60
@@ -91,6 +105,7 @@ class Config:
     text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
     size: SizeConfig = SizeConfig()
     corpus: fictional.FictionalConfig = fictional.FictionalConfig()
+    stereotyped: StereotypedConfig = StereotypedConfig(records=400, test_records=1)
 
 
 def default() -> Config:
@@ -105,6 +120,7 @@ def smoke() -> Config:
         checkpoints=2, validation_records=12, test_records=12, bits=(4,), requests=2, shards=2,
         size=SizeConfig(width=32, layers=2, heads=2, context=64, vocab_size=512),
         corpus=fictional.FictionalConfig(people=12, general_records=40, general_test_records=20),
+        stereotyped=StereotypedConfig(records=40, test_records=1), resamples=100,
         train=TrainConfig(epochs=15, learning_rate=5e-3), measures=MeasureConfig(max_new_tokens=12),
         unlearning=dataclasses.replace(Config().unlearning, epochs=4, batch_size=4),
         relearn=dataclasses.replace(Config().relearn, batch_size=4),

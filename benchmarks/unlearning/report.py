@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.unlearning import side_effects
 from benchmarks.unlearning.config import Config
 from benchmarks.unlearning.study import Study
 from jaxforget import command
@@ -16,7 +17,7 @@ from jaxforget.report.statistics import over_seeds
 from jaxforget.unlearning.tuning import YARDSTICKS, curves, heat_map, trade_off
 
 
-def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, deleted) -> list[dict[str, Any]]:
+def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, deleted, side) -> list[dict[str, Any]]:
     """Return the rows of a seed: original, retrained, then the methods."""
     rows: list[dict[str, Any]] = []
     for name in (*YARDSTICKS, *study.methods):
@@ -28,6 +29,7 @@ def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, delet
             row |= tested[name, seed]["bits"]
             row |= last(learned, name, seed, "relearned", ("es", "forget_nll", "memorisation"))
             row |= last(served, name, seed, "requests", ("es", "memorisation", "utility"))
+            row |= side_effects.fields_of(side[seed][name]) if side else {}
         if name in swept:
             found = swept[name]
             row |= {key: found["chosen"][key] if found["chosen"] else None
@@ -64,9 +66,12 @@ TUNING = ("name", "criterion", "robustness", "learning_rate", "strength", "step"
           "tuning_steps", "tuning_tokens", "tuning_seconds")  # fmt: skip
 
 
-def report(config: Config, out: Run, study: Study, by_seed, swept, learned, served) -> None:
+def report(config: Config, out: Run, study: Study, by_seed, swept, learned, served, side) -> None:
     """Join the seeds; write results.json and the page."""
-    document = out.finish(over_seeds(by_seed), by_seed=by_seed, sweeps=swept, relearning=learned, requests=served)
+    measures = side[0]["original"] if side else []
+    joined = over_seeds([[side_effects.without_spans(row, measures) for row in rows] for rows in by_seed]
+                        if config.seeds > 1 else by_seed)  # fmt: skip
+    document = out.finish(joined, by_seed=by_seed, sweeps=swept, relearning=learned, requests=served)
     rows = document["results"]
     mark = lambda row: row["name"] in YARDSTICKS  # noqa: E731
     spans = f"means and 95 % intervals over {config.seeds} seeds" if config.seeds > 1 else "one seed"
@@ -105,6 +110,8 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned, serv
             ("requests_memorisation", "requests_es", "requests_utility", "memorisation_32bit", "utility_32bit"),
             [figure(curves(served, field, "request")) for field in ("memorisation", "utility")],
         ))  # fmt: skip
+    if side:
+        sections.append(side_effects.section(rows, measures))
     sections += [section(name.capitalize(), metric.note, metric.columns) for name, metric in study.metrics.items()]
     notes = [{"name": name, "note": note} for name, found in swept.items() for note in found["notes"]]
     if notes := [row for row in rows if row.get("note")] + notes:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks.unlearning import side_effects
 from benchmarks.unlearning.config import Config
 from jaxforget import command
-from jaxforget.data import fictional
+from jaxforget.data import fictional, stereotyped
 from jaxforget.data.sampling import id_keys, order
 from jaxforget.data.sources import Record
 from jaxforget.data.text import encode, read, tokenizer_texts
@@ -50,12 +51,13 @@ class Study(NamedTuple):
     test: Half
     reported: Request  # what the metrics ask about the test half
     measures: MeasureConfig
+    side: side_effects.Asked
 
 
 def prepare(config: Config) -> Study:
     """Read, check and tokenise everything, or raise UserError."""
     command.at_least(1, seeds=config.seeds, checkpoints=config.checkpoints, test_records=config.test_records,
-                     validation_records=config.validation_records)  # fmt: skip
+                     validation_records=config.validation_records, resamples=config.resamples)  # fmt: skip
     command.at_least(0, relearn_every=config.relearn_every, width=config.width, requests=config.requests,
                      shards=config.shards)  # fmt: skip
     epoch_schedule(config.train.epochs, config.slices)
@@ -108,7 +110,8 @@ def prepare(config: Config) -> Study:
         reader = Reader(start.model, start.tokenizer, config.text)
         parts.append(Half(sets, reader, asked_of(reader, sets)))
     reported = benchmark.request(metrics, parts[1].reader, halves["test"], config.measures)
-    return Study(start, records, setting, methods, metrics, *parts, reported, config.measures)
+    side = side_effects.read(config, start, halves["test"]["retain"])
+    return Study(start, records, setting, methods, metrics, *parts, reported, config.measures, side)
 
 
 def read_sets(config: Config) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
@@ -117,6 +120,7 @@ def read_sets(config: Config) -> tuple[dict[str, list[Record]], dict[str, list[R
         if given := [name for name in (*MEASURED, "retain_perturbed") if getattr(config, name)]:
             raise UserError(f"--forget is missing, but --{given[0].replace('_', '-')} is given; give both or neither")
         sets = fictional.generate(config.corpus)
+        sets["general"] += stereotyped.generate(config.stereotyped)["train"]
         trained = {name: sets[name] for name in ("forget", "retain", "general") if sets[name]}
         measured = {"forget": sets["forget"], "retain": sets["retain"], "approximate": sets["approximate"],
                     "general": sets["general_test"]}  # fmt: skip

@@ -18,11 +18,12 @@ from jaxforget import command
 from jaxforget.data.sources import Record
 from jaxforget.data.text import TextConfig
 from jaxforget.data.tokens import Examples
+from jaxforget.files import write_atomic
 from jaxforget.metrics import benchmark
 from jaxforget.metrics.evidence import Evidence, Reader, Scored
 from jaxforget.models import hub
 from jaxforget.models.quantize import quantized
-from jaxforget.report.run import Run, write_atomic
+from jaxforget.report.run import Run
 from jaxforget.sisa.deletion import ask, serve
 from jaxforget.sisa.ensemble import Ensemble, locked
 from jaxforget.sisa.scoring import ensemble_token_scores

@@ -42,12 +42,21 @@ def test_smoke(tmp_path):
                                     for n in (1, 2))  # fmt: skip
     whole = next(one for one in document["requests"] if (one["name"], one["request"]) == ("original", 2))
     assert whole["memorisation"] == pytest.approx(document["by_seed"][0][0]["memorisation"])  # the last asks for all
+    for name in ("preference_sum", "loss_of_genders_gap_male_female", "loss_of_retain_gap_north_south"):
+        assert f"{name}_ci95" in rows["original"] and f"{name}_change" not in rows["original"]
+        for seed in document["by_seed"]:
+            first, retrained = seed[0], seed[1]
+            assert first[f"{name}_low"] <= first[name] <= first[f"{name}_high"]
+            assert retrained[f"{name}_change"] == pytest.approx(retrained[name] - first[name])
+        assert f"{name}_change_ci95" in chosen and f"{name}_low" not in chosen and name not in rows["sisa"]
     page = (out / "report.html").read_text()
-    assert "Relearning" in page and page.count("<svg") >= 3 and not (out / "scratch/ascent_descent_indist").exists()
+    assert "Relearning" in page and "Side effects" in page and page.count("<svg") >= 6
+    assert not (out / "scratch/ascent_descent_indist").exists()
 
     cells = {path: path.read_bytes() for path in (out / "cells").iterdir()}
     (out / "cells/sweep-ascent_descent_indist.json").unlink()
     (out / "cells/test-ascent_descent_indist-1.json").unlink()
+    (out / "cells/side-effects-1.json").unlink()
     done(benchmarks.unlearning, *FLAGS, "--out", out, "--resume")
     again = running.results(out)
     for one, other in zip(document["results"], again["results"], strict=True):
