@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from jaxforget import command
+from jaxforget import checks, command
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record
 from jaxforget.data.text import read
@@ -84,8 +84,7 @@ def run(config: Config) -> None:
     if unknown:
         raise UserError(f"unknown method {', '.join(unknown)}; valid names are {', '.join(METHODS)}")
     for epsilon in config.epsilon:
-        if not 0 <= epsilon <= 1:
-            raise UserError(f"--epsilon is {epsilon}; it must be between 0 and 1")
+        checks.between(0, 1, named="--", epsilon=epsilon)
     command.at_least(1, resamples=config.resamples)
     out = Run("eval.fairness", config, config.out, False)
     with Ensemble(config.ensemble) as ensemble:

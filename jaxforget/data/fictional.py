@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash64, hash_int
 from jaxforget.data.sources import Record
 from jaxforget.errors import UserError
@@ -389,17 +390,11 @@ def generate(config: FictionalConfig) -> dict[str, list[Record]]:
 
 def _check(config: FictionalConfig) -> None:
     most_templates = min(len(fact.templates) for fact in FACTS.values())
-    for name, low, high in (
-        ("people", 2, _FULL_NAMES // 2),
-        ("approximate_people", 0, _FULL_NAMES // 2),
-        ("facts_per_person", 1, len(FACTS)),
-        ("paraphrases", 1, most_templates),
-        ("general_records", 0, 10**9),
-        ("general_test_records", 0, 10**9),
-    ):
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"{name} is {value}; it must be {low} to {high}")
+    checks.between(2, _FULL_NAMES // 2, people=config.people)
+    checks.between(0, _FULL_NAMES // 2, approximate_people=config.approximate_people)
+    checks.between(1, len(FACTS), facts_per_person=config.facts_per_person)
+    checks.between(1, most_templates, paraphrases=config.paraphrases)
+    checks.at_least(0, general_records=config.general_records, general_test_records=config.general_test_records)
     if not 0 < config.forget_fraction < 1:
         raise UserError(f"forget_fraction is {config.forget_fraction}; it must lie between 0 and 1")
 

@@ -11,17 +11,16 @@
 
 from __future__ import annotations
 
+from jaxforget import checks
 from jaxforget.data import fictional, skills, stereotyped
 from jaxforget.data.sources import Record
-from jaxforget.errors import UserError
 
 HELD_OUT = 5  # every fifth record of a skill is of its query
 
 
 def generate(rows: int = skills.ROWS) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
     """Return (training sets by name, queries by the same names). rows: of a set, at most; a query has a quarter."""
-    if not 1 <= rows <= skills.ROWS:
-        raise UserError(f"rows is {rows}; it must be between 1 and {skills.ROWS}")
+    checks.between(1, skills.ROWS, rows=rows)
     people = fictional.generate(fictional.FictionalConfig(approximate_people=20))
     reviews = stereotyped.generate(stereotyped.StereotypedConfig(records=rows, test_records=rows))
     sets = {

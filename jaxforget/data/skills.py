@@ -17,9 +17,9 @@ from __future__ import annotations
 import string
 from collections.abc import Iterator, Sequence
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash_int
 from jaxforget.data.sources import Record
-from jaxforget.errors import UserError
 
 CORPORA = ("A", "B")
 SETS = ("sim_same", "sim_diff", "dis_same", "dis_diff")
@@ -44,10 +44,8 @@ KIND = "What kind of word is {}? Choose one: {}."
 
 def generate(corpus: str, rows: int = ROWS) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:
     """Return (training sets by name, {"test": records}). rows: the first so many of every set, at most 256."""
-    if corpus not in CORPORA:
-        raise UserError(f"corpus is {corpus!r}; use one of {', '.join(CORPORA)}")
-    if not 1 <= rows <= ROWS:
-        raise UserError(f"rows is {rows}; it must be between 1 and {ROWS}")
+    checks.one_of(CORPORA, corpus=corpus)
+    checks.between(1, ROWS, rows=rows)
     pairs = _counting() if corpus == "A" else _deleting()
     sets = {
         name: [Record(f"{corpus}-{name}-{i:03d}", answer, prompt) for i, (prompt, answer) in enumerate(one[:rows])]

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jaxforget import checks
 from jaxforget.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz", ".parquet")
@@ -63,8 +64,7 @@ def read_records(
     """
     if text_field is not None and (question_field is not None or answer_field is not None):
         raise UserError("--text-field cannot be combined with --question-field or --answer-field")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be at least 1")
+    checks.at_least(1, limit=limit)
     source, wanted = _selection(str(source))
     extra = {"group": group_field, "label": label_field}
     named = [name for name in (text_field, question_field, answer_field, id_field, *extra.values()) if name is not None]

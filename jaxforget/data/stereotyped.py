@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash_int
 from jaxforget.data.sources import Record
-from jaxforget.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,8 @@ class StereotypedConfig:
     """Seed of all draws."""
 
     def __post_init__(self):
-        for name in ("records", "test_records"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("rate", "negative_male", "negative_female"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        checks.at_least(1, records=self.records, test_records=self.test_records)
+        checks.between(0, 1, rate=self.rate, negative_male=self.negative_male, negative_female=self.negative_female)
 
 
 # ---------------------------------------------------------------- vocabulary

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from jaxforget import checks
 from jaxforget.data.sources import Record, read_records
 from jaxforget.data.tasks import classify, maskable, pairs
 from jaxforget.data.tokens import Examples, tokenize
@@ -36,10 +37,8 @@ class TextConfig:
     """What the model reads before an answer."""
 
     def __post_init__(self):
-        for field, low in (("limit", 1), ("max_length", 2)):
-            value = getattr(self, field)
-            if value is not None and value < low:
-                raise UserError(f"--{field.replace('_', '-')} is {value}; it must be at least {low}")
+        checks.at_least(1, named="--", limit=self.limit)
+        checks.at_least(2, named="--", max_length=self.max_length)
 
 
 def read(source: str, config: TextConfig) -> list[Record]:

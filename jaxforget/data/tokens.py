@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record
 from jaxforget.errors import UserError
@@ -174,8 +175,7 @@ def tokenize(
     not texts with EOS, where there is one; True ends both; False neither. T is the longest example rounded up
     to pad_to_multiple, at most max_length. Raises UserError for settings that cannot be met.
     """
-    if text_mode not in TEXT_MODES:
-        raise UserError(f"text_mode is {text_mode!r}; use one of {', '.join(TEXT_MODES)}")
+    checks.one_of(TEXT_MODES, text_mode=text_mode)
     if max_length < 2 or pad_to_multiple < 1:
         raise UserError(f"max_length is {max_length}, at least 2; pad_to_multiple is {pad_to_multiple}, at least 1")
     if "{question}" not in prompt_template:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash64, id_keys, order
 from jaxforget.data.sources import Record, content_id
 from jaxforget.data.text import TextConfig, encode, read
@@ -47,8 +48,7 @@ class DataConfig:
     """Generated reviews."""
 
     def __post_init__(self):
-        if self.records < 1:
-            raise UserError(f"--records is {self.records}; it must be at least 1")
+        checks.at_least(1, named="--", records=self.records)
 
 
 def read_sets(

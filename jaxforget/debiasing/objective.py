@@ -22,6 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from jaxforget import checks
 from jaxforget.debiasing.differences import expected_l0
 from jaxforget.debiasing.gates import GateConfig
 from jaxforget.debiasing.removal import REMOVALS
@@ -47,11 +48,8 @@ class RemovalConfig:
     def __post_init__(self):
         if self.removal not in REMOVALS:
             raise UserError(f"unknown removal {self.removal!r}; valid names are {', '.join(REMOVALS)}")
-        for field in ("scale", "sparsity"):
-            if not 0 <= getattr(self, field) < float("inf"):
-                raise UserError(f"{field} is {getattr(self, field)}; it must be at least 0")
-        if self.heads < 1:
-            raise UserError(f"heads is {self.heads}; it must be at least 1")
+        checks.at_least(0, scale=self.scale, sparsity=self.sparsity)
+        checks.at_least(1, heads=self.heads)
 
 
 @functools.cache

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxforget import checks
 from jaxforget.data.tokens import Examples
 from jaxforget.debiasing.differences import difference, fixed, gated, layout_of, sparse
 from jaxforget.debiasing.gates import GateConfig, stretched
 from jaxforget.debiasing.objective import RemovalConfig, debiasing, draw_adversaries
 from jaxforget.debiasing.optimizer import grouped, module_groups
-from jaxforget.errors import UserError
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
@@ -63,14 +63,10 @@ class ModuleConfig:
     """Parameters that may differ, as regular expressions for paths; the head never does."""
 
     def __post_init__(self):
-        for field, low in (("epochs", 1), ("fixed_epochs", 0), ("batch_size", 1)):
-            if getattr(self, field) < low:
-                raise UserError(f"{field} is {getattr(self, field)}; it must be at least {low}")
-        for field in ("learning_rate", "gate_rate", "adversary_rate", "core_rate"):
-            if not 0 < getattr(self, field) < float("inf"):
-                raise UserError(f"{field} is {getattr(self, field)}; it must be above 0 and finite")
-        if not 0 <= self.max_grad_norm < float("inf"):
-            raise UserError(f"max_grad_norm is {self.max_grad_norm}; it must be at least 0 and finite")
+        checks.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        checks.at_least(0, fixed_epochs=self.fixed_epochs, max_grad_norm=self.max_grad_norm)
+        checks.positive(learning_rate=self.learning_rate, gate_rate=self.gate_rate, adversary_rate=self.adversary_rate,
+                        core_rate=self.core_rate)  # fmt: skip
 
 
 class Learner(NamedTuple):

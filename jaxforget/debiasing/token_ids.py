@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record
 from jaxforget.data.tokens import Examples, right_pad
@@ -29,8 +30,7 @@ TOKENS = "token_ids.json"  # the vocabulary's file in a model directory
 
 def token_vocabulary(records: Sequence[Record], size: int) -> dict[str, int]:
     """Number the commonest token ids of records that are ids, from 3 on; the others are one token."""
-    if size < 4:
-        raise UserError(f"vocab_size is {size}; it must be at least 4")
+    checks.at_least(4, vocab_size=size)
     counts = Counter(token for record in records for token in record.text.split())
     commonest = sorted(counts, key=lambda token: (-counts[token], token))[: size - 3]
     return {token: 3 + place for place, token in enumerate(commonest)}

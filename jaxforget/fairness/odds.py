@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.errors import RunError, UserError
 
 # Every objective is sum over groups of scale[a, 0] * cost_fp * FPR_a - scale[a, 1] * cost_fn * TPR_a, but for a
@@ -134,9 +135,7 @@ def check_settings(epsilon: Any, objective: str, constraint: str, cost_fp: float
         raise UserError(f"unknown objective {objective!r}; valid names are {', '.join(OBJECTIVES)}")
     if constraint not in CONSTRAINTS:
         raise UserError(f"unknown constraint {constraint!r}; valid names are {', '.join(CONSTRAINTS)}")
-    for name, cost in (("cost_fp", cost_fp), ("cost_fn", cost_fn)):
-        if not (np.isfinite(cost) and cost >= 0):
-            raise UserError(f"{name} is {cost}; it must be a number from 0 on")
+    checks.at_least(0, cost_fp=cost_fp, cost_fn=cost_fn)
 
 
 def check_counts(count_AYT: np.ndarray, groups: Sequence[str] | None = None) -> None:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.errors import UserError
 from jaxforget.fairness.odds import check_settings, equalized_odds, score_thresholds
 from jaxforget.fairness.statistics import STATISTICS, cell_counts, pooled, smoothed, votes_of_vector
@@ -95,8 +96,7 @@ def fit(
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; valid names are {', '.join(METHODS)}")
     check_settings(epsilon, objective, constraint, cost_fp, cost_fn)
-    if not 0 <= smoothing <= 1:
-        raise UserError(f"smoothing is {smoothing}; it must be between 0 and 1")
+    checks.between(0, 1, smoothing=smoothing)
     groups = tuple(groups)
     votes_NK, label_N, group_N = np.asarray(votes_NK), np.asarray(label_N), np.asarray(group_N)
     if votes_NK.ndim != 2 or not votes_NK.size:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from jaxforget import checks
 from jaxforget.data.tokens import Examples, concatenate
 from jaxforget.influence import gradients
 from jaxforget.influence.gradients import Point
@@ -75,7 +76,8 @@ class LiSSA:
     """Also score single examples, by forward-mode derivatives along u."""
 
     def answer(self, question: Question) -> Answer:
-        gradients.at_least(self, iterations=1, damping=0, scale=0, hessian_examples=0)
+        checks.at_least(1, iterations=self.iterations)
+        checks.at_least(0, damping=self.damping, scale=self.scale, hessian_examples=self.hessian_examples)
         at, (train, _) = gradients.point(question), gradients.sets(question)
         together = concatenate(list(train.values()))
         size = gradients.tokens(together) * min(1.0, (self.hessian_examples or len(together)) / len(together))
@@ -153,7 +155,8 @@ class Arnoldi:
     """Also score single examples, by forward-mode derivatives along H^-1 g_q."""
 
     def answer(self, question: Question) -> Answer:
-        gradients.at_least(self, iterations=1, eigenvectors=1, damping=0, hessian_examples=0)
+        checks.at_least(1, iterations=self.iterations, eigenvectors=self.eigenvectors)
+        checks.at_least(0, damping=self.damping, hessian_examples=self.hessian_examples)
         at, (train, _) = gradients.point(question), gradients.sets(question)
         batch = gradients.sample(concatenate(list(train.values())), self.hessian_examples, question.seed)
         basis_IP, hessenberg = krylov(question.objective, at, batch, self.iterations, self.microbatch)

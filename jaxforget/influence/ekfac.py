@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.tokens import Examples, concatenate
 from jaxforget.errors import UserError
 from jaxforget.influence import gradients
@@ -45,8 +46,8 @@ class EKFAC:
     """Also score single examples, by forward-mode derivatives along F^-1 g_q."""
 
     def answer(self, question: Question) -> Answer:
-        gradients.above_zero(self, "damping")
-        gradients.at_least(self, fisher_examples=0)
+        checks.positive(damping=self.damping)
+        checks.at_least(0, fisher_examples=self.fisher_examples)
         at, (train, _) = gradients.point(question), gradients.sets(question)
         batch = gradients.sample(concatenate(list(train.values())), self.fisher_examples, question.seed)
         leaves, treedef = jax.tree.flatten(at.model)

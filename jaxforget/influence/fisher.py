@@ -16,6 +16,7 @@ import functools
 import jax
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.tokens import concatenate
 from jaxforget.errors import UserError
 from jaxforget.influence import gradients
@@ -38,8 +39,8 @@ class DampedFisher:
     """Also score single examples, by forward-mode derivatives along (F + lambda)^-1 g_q."""
 
     def answer(self, question: Question) -> Answer:
-        gradients.above_zero(self, "damping")
-        gradients.at_least(self, fisher_examples=0)
+        checks.positive(damping=self.damping)
+        checks.at_least(0, fisher_examples=self.fisher_examples)
         at, (train, _) = gradients.point(question), gradients.sets(question)
         batch = gradients.sample(concatenate(list(train.values())), self.fisher_examples, question.seed)
         sizes = [leaf.size for leaf in jax.tree.leaves(at.model)]

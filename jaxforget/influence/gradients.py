@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash64, order
 from jaxforget.data.tokens import IGNORED, Examples, same_widths
 from jaxforget.errors import UserError
@@ -72,19 +73,6 @@ def sample(examples: Examples, count: int, seed: int, epoch: int = 0) -> Example
     return examples.take(order(examples.columns["key"], seed, epoch)[:count])
 
 
-def at_least(config, **lowest: float) -> None:
-    """Raise UserError for a field of a config that is below what it must be at least."""
-    for name, least in lowest.items():
-        if not getattr(config, name) >= least:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least {least}")
-
-
-def above_zero(config, name: str) -> None:
-    """Raise UserError unless a field of a config is above 0."""
-    if not getattr(config, name) > 0:
-        raise UserError(f"{name} is {getattr(config, name)}; it must be above 0")
-
-
 # ---------------------------------------------------------------------------------------- passes over a set
 Visit = Callable[[Any, Any, Batch], tuple[Any, Any]]  # carry, args, batch -> carry, what was seen (B, ...)
 
@@ -95,8 +83,7 @@ def sweep(visit: Visit, carry, args, examples: Examples, microbatch: int, chunk:
     The carry is donated. Rows of padding have weight 0 and repeat a real one. visit must be the same function at every
     call, or its program is compiled again.
     """
-    if microbatch < 1:
-        raise UserError(f"microbatch is {microbatch}; it must be at least 1")
+    checks.at_least(1, microbatch=microbatch)
     seen = []
     for batches_C, count in chunks(examples, microbatch, chunk):
         carry, one = _program(visit)(carry, args, batches_C, count)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from jaxforget import checks
 from jaxforget.data import kinds, skills
 from jaxforget.data.sources import Record, content_id
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
@@ -86,8 +87,7 @@ def read_study(config: StudyConfig, tell: Callable[[str], None]) -> Study:
     """Read and check everything, or raise UserError."""
     if config.model and config.base:
         raise UserError("--model and --base exclude each other; --model is traced as it is, --base is trained first")
-    if config.seed < 0:
-        raise UserError(f"--seed is {config.seed}; it must be at least 0")
+    checks.at_least(0, named="--", seed=config.seed)
     if config.train or config.test:
         files = {flag: named(flag, getattr(config, flag)) for flag in ("train", "test")}
         train, test = ({name: read(file, config.text) for name, file in part.items()} for part in files.values())

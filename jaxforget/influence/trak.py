@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.errors import UserError
 from jaxforget.influence import gradients
 from jaxforget.influence.question import Answer, Question
@@ -75,7 +76,7 @@ class TRAK:
     def _check(self, question: Question) -> None:
         if self.dimension < 0 or self.dimension % 32:
             raise UserError(f"dimension is {self.dimension}; it must be a multiple of 32, or 0")
-        gradients.at_least(self, damping=0)
+        checks.at_least(0, damping=self.damping)
         if self.ensemble and not question.checkpoints:
             raise UserError("an ensemble of TRAK needs checkpoints; give some or leave ensemble out")
 

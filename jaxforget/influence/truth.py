@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash64, id_keys
 from jaxforget.data.tokens import Examples, concatenate, same_widths
 from jaxforget.errors import UserError
@@ -54,10 +55,9 @@ class TruthConfig:
     """Steps between checkpoints; 0 is none on the way."""
 
     def __post_init__(self):
-        for field, low in (("seeds", 1), ("subsets", 0), ("width", 0), ("checkpoint_every", 0)):
-            value = getattr(self, field)
-            if value < low:
-                raise UserError(f"--retrain.{field.replace('_', '-')} is {value}; it must be at least {low}")
+        checks.at_least(1, named="--retrain.", seeds=self.seeds)
+        checks.at_least(0, named="--retrain.", subsets=self.subsets, width=self.width,
+                        checkpoint_every=self.checkpoint_every)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 import jax
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import order
 from jaxforget.data.tokens import Examples, concatenate, same_widths
 from jaxforget.errors import UserError
@@ -55,12 +56,8 @@ class AscentConfig:
 
     def __post_init__(self):
         ascent_optimizer(self.optimizer)  # tells a wrong name
-        self._at_least(0, "learning_rate", "collapse", "kl_weight", "l2", "width")
-
-    def _at_least(self, low: int, *fields: str) -> None:
-        for field in fields:
-            if not getattr(self, field) >= low:
-                raise UserError(f"{field} is {getattr(self, field)}; it must be at least {low}")
+        checks.at_least(0, learning_rate=self.learning_rate, collapse=self.collapse, kl_weight=self.kl_weight,
+                        l2=self.l2, width=self.width)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +77,8 @@ class UnTrac(AscentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._at_least(1, "batch_size", "epochs", "orders")
-        self._at_least(0, "limit", "every")
+        checks.at_least(1, batch_size=self.batch_size, epochs=self.epochs, orders=self.orders)
+        checks.at_least(0, limit=self.limit, every=self.every)
         if self.microbatch and self.batch_size % self.microbatch:
             raise UserError(f"microbatch {self.microbatch} does not divide batch_size {self.batch_size}")
 
@@ -101,7 +98,7 @@ class UnTracInv(AscentConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self._at_least(1, "steps")
+        checks.at_least(1, steps=self.steps)
 
     def answer(self, question: Question) -> Answer:
         return answers(self, question, (self.learning_rate,))[0]

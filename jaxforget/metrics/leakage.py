@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
@@ -43,11 +44,8 @@ class AttackConfig:
     """Of Adam, constant."""
 
     def __post_init__(self):
-        for field in ("heads", "epochs", "batch_size"):
-            if getattr(self, field) < 1:
-                raise UserError(f"attack {field} is {getattr(self, field)}; it must be at least 1")
-        if not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"attack learning_rate is {self.learning_rate}; it must be above 0 and finite")
+        checks.at_least(1, named="attack ", heads=self.heads, epochs=self.epochs, batch_size=self.batch_size)
+        checks.positive(named="attack ", learning_rate=self.learning_rate)
 
 
 class Split(NamedTuple):

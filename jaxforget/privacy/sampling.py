@@ -13,6 +13,7 @@ import functools
 
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash64, id_keys, order
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
@@ -63,8 +64,7 @@ class PoissonBatches:
     def __post_init__(self):
         if not len(self.examples):
             raise UserError("a training set is empty after tokenisation; give it records with scored tokens")
-        if self.microbatch < 1:
-            raise UserError(f"microbatch is {self.microbatch}; it must be at least 1")
+        checks.at_least(1, microbatch=self.microbatch)
 
     @functools.cached_property
     def _units(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import id_keys, order
 from jaxforget.errors import UserError
 
@@ -20,8 +21,7 @@ def epoch_schedule(epochs: int, slices: int) -> tuple[int, ...]:
     a = 2 epochs / (R + 1), so that all stages together visit about `epochs` times the records of the shard.
     Raises UserError where a stage would train nothing. Source: the official code of SISA, arXiv 1912.03817.
     """
-    _at_least_one("--epochs", epochs)
-    _at_least_one("--slices", slices)
+    checks.at_least(1, named="--", epochs=epochs, slices=slices)
     if 2 * epochs < slices + 1:  # a < 1, and then the first stage is empty; from a = 1 on none is
         raise UserError(
             f"--epochs {epochs} with --slices {slices}: some slice would train for 0 epochs; "
@@ -89,7 +89,7 @@ def by_column(
     Returns (shard_N, slice_N, names): names[s] is the value of shard s as text, in sorted order.
     Raises UserError naming a value with fewer records than slices.
     """
-    _at_least_one("--slices", slices)
+    checks.at_least(1, named="--", slices=slices)
     text_N = [str(value) for value in value_N]
     names = tuple(sorted(set(text_N)))
     index = {name: s for s, name in enumerate(names)}
@@ -119,14 +119,8 @@ def _slices(shard_N: np.ndarray, rank_N: np.ndarray, slices: int) -> np.ndarray:
     return (place_N * slices // size_S[shard_N]).astype(np.int32)
 
 
-def _at_least_one(flag: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{flag} {value}: give at least 1")
-
-
 def _check_room(records: int, shards: int, slices: int) -> None:
-    _at_least_one("--shards", shards)
-    _at_least_one("--slices", slices)
+    checks.at_least(1, named="--", shards=shards, slices=slices)
     if shards > records:
         raise UserError(f"--shards {shards}: more shards than records, of which there are {records}")
     smallest = records // shards

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.sampling import hash64, order
 from jaxforget.data.tokens import IGNORED, Examples, same_widths
 from jaxforget.errors import UserError
@@ -55,8 +56,7 @@ class Batches:
         for stream in self.streams:
             if not len(stream.examples):
                 raise UserError("a training set is empty after tokenisation; give it records with scored tokens")
-        if self.epochs < 1:
-            raise UserError(f"epochs is {self.epochs}; it must be at least 1")
+        checks.at_least(1, epochs=self.epochs)
         if any(stream.rows < 1 for stream in self.streams):
             raise UserError("batch size is below 1; it must be at least 1")
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxforget import checks
 from jaxforget.errors import UserError
 from jaxforget.models.layers import LowRank
 from jaxforget.training.step import Parts, PyTree, Trainable
@@ -38,10 +39,8 @@ class LoraConfig:
     """The adapter counts alpha / sqrt(rank) times instead (arXiv 2312.03732)."""
 
     def __post_init__(self):
-        if self.rank < 0:
-            raise UserError(f"rank is {self.rank}; it must be 0 or above")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"alpha is {self.alpha}; it must be above 0")
+        checks.at_least(0, rank=self.rank)
+        checks.positive(alpha=self.alpha)
         if not self.targets:
             raise UserError("targets is empty; name at least one layer")
         for pattern in (*self.targets, *self.also):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxforget import checks
 from jaxforget.errors import UserError
 from jaxforget.training.step import State
 
@@ -41,15 +42,9 @@ class OptimizerConfig:
     """Clip the global norm of the gradient; 0 does not clip."""
 
     def __post_init__(self):
-        for field, low, high in [
-            ("learning_rate", 0.0, float("inf")),
-            ("warmup", 0.0, 1.0),
-            ("weight_decay", 0.0, float("inf")),
-            ("max_grad_norm", 0.0, float("inf")),
-        ]:
-            value = getattr(self, field)
-            if not low <= value <= high:
-                raise UserError(f"{field} is {value}; it must be between {low:g} and {high:g}")
+        checks.at_least(0, learning_rate=self.learning_rate, weight_decay=self.weight_decay,
+                        max_grad_norm=self.max_grad_norm)  # fmt: skip
+        checks.between(0, 1, warmup=self.warmup)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,10 +60,8 @@ class TrainConfig(OptimizerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for field, low in (("epochs", 1), ("batch_size", 1), ("microbatch", 0)):
-            value = getattr(self, field)
-            if value is not None and value < low:
-                raise UserError(f"{field} is {value}; it must be at least {low}")
+        checks.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        checks.at_least(0, microbatch=self.microbatch)
 
     def microbatch_of(self, *rows: int) -> int | None:
         """Resolve the micro-batch for streams of these row counts; each micro-batch then holds one stream."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.tokens import IGNORED, Examples
 from jaxforget.errors import UserError
 from jaxforget.training.batches import Stream
@@ -31,7 +32,7 @@ class CEU:
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
-        retain.not_negative(skip=self.skip)
+        checks.at_least(0, skip=self.skip)
 
     def check(self, setting: Setting) -> None:
         without_first(setting.sets["forget"], self.skip)

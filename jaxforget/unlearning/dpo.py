@@ -18,6 +18,7 @@ import functools
 import jax
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.tokens import Examples
 from jaxforget.unlearning import answers, retain
 from jaxforget.unlearning.recipe import Recipe, Setting
@@ -40,8 +41,8 @@ class DPO(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.positive(beta=self.beta, temperature=self.temperature, max_new_tokens=self.max_new_tokens)
-        retain.one_of(("field", "refusal", "generated"), prefer=self.prefer)
+        checks.positive(beta=self.beta, temperature=self.temperature, max_new_tokens=self.max_new_tokens)
+        checks.one_of(("field", "refusal", "generated"), prefer=self.prefer)
 
     def check(self, setting: Setting) -> None:
         if self.prefer == "field":

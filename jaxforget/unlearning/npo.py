@@ -13,6 +13,7 @@ import functools
 
 import jax
 
+from jaxforget import checks
 from jaxforget.unlearning import retain
 from jaxforget.unlearning.recipe import Recipe, Setting
 from jaxforget.unlearning.reference import reference_logp, sequence_logp
@@ -25,7 +26,7 @@ class NPO(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.positive(beta=self.beta)
+        checks.positive(beta=self.beta)
 
     def recipe(self, setting: Setting) -> Recipe:
         forget = setting.sets["forget"]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
 from jaxforget.errors import UserError
 from jaxforget.metrics.language import language_metrics, token_scores
@@ -43,7 +44,7 @@ class PDU(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.not_negative(epsilon=self.epsilon, eta=self.eta, warmup_epochs=self.warmup_epochs)
+        checks.at_least(0, epsilon=self.epsilon, eta=self.eta, warmup_epochs=self.warmup_epochs)
         if not self.epsilon and self.retain_loss != "nll":
             raise UserError(f"epsilon is 0; with retain_loss {self.retain_loss!r} it must be above 0")
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.tokens import IGNORED, Examples
 from jaxforget.errors import UserError
 from jaxforget.training.batches import Stream, Weighting
@@ -43,35 +44,14 @@ class RetainConfig:
     RETAIN_LOSSES: ClassVar[tuple[str, ...]] = ("nll", "kl")
 
     def __post_init__(self):
-        not_negative(forget_weight=self.forget_weight, retain_weight=self.retain_weight)
-        positive(retain_ratio=self.retain_ratio)
-        one_of(self.RETAIN_LOSSES, retain_loss=self.retain_loss)
-        one_of(("retain", "general"), retain_set=self.retain_set)
+        checks.at_least(0, forget_weight=self.forget_weight, retain_weight=self.retain_weight)
+        checks.positive(retain_ratio=self.retain_ratio)
+        checks.one_of(self.RETAIN_LOSSES, retain_loss=self.retain_loss)
+        checks.one_of(("retain", "general"), retain_set=self.retain_set)
 
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.retain_set,) if self.retain_weight else ()
-
-
-def positive(**fields: float) -> None:
-    """Raise UserError for a field that is not above 0."""
-    for name, value in fields.items():
-        if not 0 < value < float("inf"):
-            raise UserError(f"{name} is {value}; it must be above 0")
-
-
-def not_negative(**fields: float) -> None:
-    """Raise UserError for a field below 0."""
-    for name, value in fields.items():
-        if not 0 <= value < float("inf"):
-            raise UserError(f"{name} is {value}; it must be 0 or above")
-
-
-def one_of(allowed: tuple[str, ...], **fields: str) -> None:
-    """Raise UserError for a field with another value than those allowed."""
-    for name, value in fields.items():
-        if value not in allowed:
-            raise UserError(f"{name} is {value!r}; use one of {', '.join(allowed)}")
 
 
 def retain_rows(config, forget_rows: int) -> int:

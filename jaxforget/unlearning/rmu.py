@@ -24,6 +24,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
 from jaxforget.errors import UserError
 from jaxforget.training.objectives import sequence_mean
@@ -48,8 +49,8 @@ class RMU(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.not_negative(steer=self.steer)
-        retain.one_of(("answer", "all"), positions=self.positions)
+        checks.at_least(0, steer=self.steer)
+        checks.one_of(("answer", "all"), positions=self.positions)
 
     def check(self, setting: Setting) -> None:
         self.blocks(setting.model)

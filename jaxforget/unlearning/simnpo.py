@@ -14,6 +14,7 @@ import functools
 
 import jax
 
+from jaxforget import checks
 from jaxforget.training.objectives import sequence_mean, token_logp
 from jaxforget.unlearning import retain
 from jaxforget.unlearning.recipe import Recipe, Setting
@@ -32,7 +33,7 @@ class SimNPO(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.positive(beta=self.beta)
+        checks.positive(beta=self.beta)
 
     def recipe(self, setting: Setting) -> Recipe:
         loss = simnpo(self.beta, self.delta, self.margin)

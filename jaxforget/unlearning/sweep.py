@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxforget import checks
 from jaxforget.data.tokens import same_widths
-from jaxforget.errors import UserError
 from jaxforget.models.layers import merge
 from jaxforget.training.batches import Batches
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
@@ -54,8 +54,7 @@ def strengthened(method: Method, strength: float) -> Method:
     """Multiply the weight of the retain term."""
     if strength == 1.0:
         return method
-    if not 0 < strength < float("inf"):
-        raise UserError(f"strength is {strength}; it must be above 0")
+    checks.positive(strength=strength)
     return dataclasses.replace(method, retain_weight=strength * method.retain_weight)
 
 

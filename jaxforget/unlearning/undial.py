@@ -16,6 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
 from jaxforget.training.objectives import sequence_mean
 from jaxforget.unlearning import retain
@@ -31,7 +32,7 @@ class Undial(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.not_negative(beta=self.beta)
+        checks.at_least(0, beta=self.beta)
 
     def recipe(self, setting: Setting) -> Recipe:
         kl = self.retain_loss == "kl" and self.retain_weight

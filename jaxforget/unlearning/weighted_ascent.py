@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxforget import checks
 from jaxforget.training.objectives import sequence_mean, token_logp
 from jaxforget.unlearning import retain
 from jaxforget.unlearning.recipe import Recipe, Setting
@@ -29,7 +30,7 @@ class WGA(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.not_negative(beta=self.beta)
+        checks.at_least(0, beta=self.beta)
 
     def recipe(self, setting: Setting) -> Recipe:
         return retain.recipe(self, setting, setting.sets["forget"], weighted(self.beta, 0.0), "token")
@@ -46,7 +47,7 @@ class SatImp(retain.RetainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        retain.not_negative(beta1=self.beta1, beta2=self.beta2)
+        checks.at_least(0, beta1=self.beta1, beta2=self.beta2)
 
     def recipe(self, setting: Setting) -> Recipe:
         return retain.recipe(self, setting, setting.sets["forget"], weighted(self.beta1, self.beta2), "token")

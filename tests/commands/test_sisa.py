@@ -345,8 +345,8 @@ CASES = {
     "more slices than a shard holds": ("--data {data} --slices 9", ["--slices 9", "at most 8"]),
     "too few epochs for the slices": (
         "--data {data} --slices 4 --epochs 2", ["--epochs 2", "--slices 4", "0 epochs", "at least 3"]),
-    "no shards": ("--data {data} --shards 0", ["--shards 0", "at least 1"]),
-    "no slices": ("--data {data} --slices 0", ["--slices 0", "at least 1"]),
+    "no shards": ("--data {data} --shards 0", ["--shards is 0", "at least 1"]),
+    "no slices": ("--data {data} --slices 0", ["--slices is 0", "at least 1"]),
     "no epochs": ("--data {data} --epochs 0", ["epochs is 0", "at least 1"]),
     "--data twice": ("--data {data} --data {good}", ["--data is given twice"]),
     "negative seed": ("--data {data} --seed -1", ["--seed is -1"]),

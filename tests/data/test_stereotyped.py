@@ -93,7 +93,7 @@ def test_limits_of_the_rates():
 @pytest.mark.parametrize("setting", ["rate", "negative_male", "negative_female"])
 def test_settings_that_cannot_be_used(setting):
     for value in (-0.1, 1.1, math.nan):
-        with pytest.raises(UserError, match=f"{setting} is {value}; it must lie between 0 and 1"):
+        with pytest.raises(UserError, match=f"{setting} is {value}; it must be between 0 and 1"):
             StereotypedConfig(**{setting: value})
     with pytest.raises(UserError, match="records is 0; it must be at least 1"):
         StereotypedConfig(records=0)

@@ -57,9 +57,9 @@ def test_schedule_is_exact_for_large_numbers():
     assert schedule == (66666666666666666, 66666666666666667)
 
 
-@pytest.mark.parametrize("epochs, slices, flag", [(0, 1, "--epochs 0"), (5, 0, "--slices 0")])
+@pytest.mark.parametrize("epochs, slices, flag", [(0, 1, "--epochs"), (5, 0, "--slices")])
 def test_schedule_refuses_nothing(epochs, slices, flag):
-    with pytest.raises(UserError, match=f"{flag}: give at least 1"):
+    with pytest.raises(UserError, match=f"{flag} is 0; it must be at least 1"):
         epoch_schedule(epochs, slices)
 
 
@@ -113,8 +113,8 @@ def test_uniform_is_unrelated_to_the_order_of_the_ids_and_of_training():
     [
         (104, 1, "--shards 104: .* 103"),
         (10, 11, "--slices 11: .* one with 10; give at most 10"),
-        (0, 1, "--shards 0"),
-        (1, -1, "--slices -1"),
+        (0, 1, "--shards is 0"),
+        (1, -1, "--slices is -1"),
     ],
 )
 def test_too_few_records(shards, slices, says):
@@ -207,5 +207,5 @@ def test_every_value_has_its_shard():
 def test_value_with_too_few_records():
     with pytest.raises(UserError, match="--slices 18: .* '7' has 17 records; give at most 17"):
         by_column(IDS, VALUES, 18, seed=0)
-    with pytest.raises(UserError, match="--slices 0"):
+    with pytest.raises(UserError, match="--slices is 0"):
         by_column(IDS, VALUES, 0, seed=0)

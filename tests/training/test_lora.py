@@ -220,7 +220,7 @@ def test_what_also_names_moves_in_full():
         ({"also": ("attn/q",)}, "blocks/attn/q/kernel matches a LoRA target and a pattern"),
         ({"targets": ("(",)}, "LoRA pattern '(' is not a regular expression"),
         ({"targets": ()}, "targets is empty"),
-        ({"rank": -1}, "rank is -1; it must be 0 or above"),
+        ({"rank": -1}, "rank is -1; it must be at least 0"),
         ({"rank": 0}, "rank is 0; an adapter needs at least 1"),
         ({"alpha": 0.0}, "alpha is 0.0; it must be above 0"),
     ],

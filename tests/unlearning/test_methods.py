@@ -237,7 +237,7 @@ def test_methods_are_chosen_by_name():
 
 @pytest.mark.parametrize("name, change, words", [
     ("npo", {"beta": 0.0}, "beta is 0.0; it must be above 0"),
-    ("wga", {"beta": -1.0}, "beta is -1.0; it must be 0 or above"),
+    ("wga", {"beta": -1.0}, "beta is -1.0; it must be at least 0"),
     ("simnpo", {"retain_weight": -1.0}, "retain_weight is -1.0"),
     ("undial", {"retain_loss": "activations"}, "retain_loss is 'activations'; use one of nll, kl"),
     ("rmu", {"retain_loss": "all"}, "use one of activations, nll, kl"),
