@@ -1,22 +1,17 @@
 """The generated sets have the counts of the published ones."""
 
+import json
 from collections import Counter
 
 import pytest
-from conftest import SHARED
 
 from jaxforget.data.skills import ENDINGS, SETS, generate, spelled, words_by_kind, words_by_length
 from jaxforget.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def golden():
-    import json
-
-    file = SHARED / "papers/golden_untrac.json"
-    if not file.exists():
-        pytest.skip("the golden file is not beside the checkout")
-    return json.loads(file.read_text())["synthetic_sets"]
+def golden(shared):
+    return json.loads((shared / "papers/golden_untrac.json").read_text())["synthetic_sets"]
 
 
 def rows_of(corpus):

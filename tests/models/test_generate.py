@@ -1,7 +1,5 @@
 """Generation: the cache changes nothing, and rows do not depend on padding or on each other."""
 
-from pathlib import Path
-
 import formula
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ from jaxforget.errors import UserError
 from jaxforget.models import generate, load
 from jaxforget.models.generate import nucleus
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
 
 
@@ -138,10 +135,8 @@ def test_refused_settings(change, message):
 
 
 @pytest.mark.shared
-def test_stories260k_tells_its_story():
-    directory = SHARED / "models" / "stories260k"
-    if not directory.is_dir():
-        pytest.skip(f"development data absent: {directory}")
+def test_stories260k_tells_its_story(shared):
+    directory = shared / "models" / "stories260k"
     from tokenizers import Tokenizer
 
     model, params = load(directory)

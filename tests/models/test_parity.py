@@ -6,7 +6,6 @@ Tolerance 1e-4, relative and absolute: two float32 implementations that sum in d
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import formula
 import jax
@@ -21,7 +20,6 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 T = 24  # tokens: beyond the original length of every scaled rope below
 
@@ -352,10 +350,8 @@ def test_golden_file_is_current(name):
 
 
 @pytest.mark.shared
-def test_stories260k_saved_by_us_loads_in_transformers(tmp_path):
-    directory = SHARED / "models" / "stories260k"
-    if not directory.is_dir():
-        pytest.skip(f"development data absent: {directory}")
+def test_stories260k_saved_by_us_loads_in_transformers(tmp_path, shared):
+    directory = shared / "models" / "stories260k"
     model, params = load(directory)
     save(tmp_path / "ours", model, params, tokenizer_dir=directory)
     tokens_BT = np.random.default_rng(0).integers(3, 512, (2, 64))

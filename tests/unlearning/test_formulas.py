@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 import toys
-from conftest import SHARED
 from toys import MODEL, OTHER, PARAMS, SETTING, compiled, first_batch, prepared
 
 from jaxforget.data.sampling import id_keys
@@ -134,11 +133,8 @@ ELSEWHERE = {  # golden losses that are no method's, or another code's
 
 
 @pytest.fixture(scope="module")
-def golden():
-    path = SHARED / "papers" / "golden_unlearning.json"
-    if not path.exists():
-        pytest.skip("the golden values are not beside the checkout")
-    values = json.loads(path.read_text())["losses"]["values"]
+def golden(shared):
+    values = json.loads((shared / "papers/golden_unlearning.json").read_text())["losses"]["values"]
     return {name: one["value"] for name, one in values.items()}
 
 
