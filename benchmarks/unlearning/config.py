@@ -105,7 +105,8 @@ class Config:
     text: Annotated[TextConfig, tyro.conf.arg(name="")] = TextConfig()
     size: SizeConfig = SizeConfig()
     corpus: fictional.FictionalConfig = fictional.FictionalConfig()
-    stereotyped: StereotypedConfig = StereotypedConfig(records=400, test_records=1)
+    stereotyped: StereotypedConfig = StereotypedConfig(records=800, test_records=1, rate=0.9)
+    """Sentences with a gender stereotype among the generated general text; half as many at rate 0.8 are hardly learnt."""
 
 
 def default() -> Config:
