@@ -106,7 +106,7 @@ class Config:
     size: SizeConfig = SizeConfig()
     corpus: fictional.FictionalConfig = fictional.FictionalConfig()
     stereotyped: StereotypedConfig = StereotypedConfig(records=800, test_records=1, rate=0.9)
-    """Sentences with a gender stereotype among the generated general text; half as many at rate 0.8 are hardly learnt."""
+    """Sentences with a gender stereotype in the generated general text. Half as many at rate 0.8 are hardly learnt."""
 
 
 def default() -> Config:
