@@ -30,6 +30,7 @@ from jaxforget.data.stereotypes import read_crows_pairs, read_stereoset
 from jaxforget.data.text import TextConfig, encode, read
 from jaxforget.data.tokens import same_widths
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.metrics.bias import benchmarks, probes
 from jaxforget.metrics.bias.benchmarks import Subject
 from jaxforget.metrics.bias.generation import encode_prompts
@@ -41,7 +42,7 @@ from jaxforget.privacy.sampling import with_units
 from jaxforget.privacy.subgroups import NO_BOUND, subgroups
 from jaxforget.report.claims import Claim, judged, statement
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, plain, write_atomic
+from jaxforget.report.run import Run, plain
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.ensemble import Members, member, members
 from jaxforget.training.loop import fit

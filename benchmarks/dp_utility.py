@@ -29,6 +29,7 @@ from jaxforget.data.sources import Record
 from jaxforget.data.text import TextConfig, encode, read
 from jaxforget.data.tokens import Examples, same_widths
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.metrics.bias.generation import continuations
 from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import language_metrics, token_scores
@@ -37,7 +38,7 @@ from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.recipe import private_members, private_run
 from jaxforget.privacy.subgroups import NO_BOUND
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, plain, write_atomic
+from jaxforget.report.run import Run, plain
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.ensemble import Members, member, members
 from jaxforget.training.loop import fit

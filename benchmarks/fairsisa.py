@@ -34,9 +34,10 @@ from jaxforget.fairness.groups import groups_of
 from jaxforget.fairness.odds import equalized_odds, program
 from jaxforget.fairness.statistics import cell_counts, resample_counts
 from jaxforget.fairness.study import Votes, compare
+from jaxforget.files import write_atomic
 from jaxforget.metrics.classification import class_logp
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, write_atomic
+from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.sisa.plan import uniform
 from jaxforget.training.batches import Batches, Stream

@@ -38,10 +38,11 @@ from jaxforget.debiasing.run import ModuleConfig, train_fixed, train_gated, trai
 from jaxforget.debiasing.testbed import Testbed
 from jaxforget.debiasing.token_ids import scratch_tokens, token_vocabulary
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.metrics.leakage import AttackConfig
 from jaxforget.models import hub
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, plain, write_atomic
+from jaxforget.report.run import Run, plain
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
 

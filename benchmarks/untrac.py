@@ -35,6 +35,7 @@ from jaxforget.data.sources import Record, read_records
 from jaxforget.data.text import TextConfig, encode, tokenizer_texts
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.influence import METHODS, Question
 from jaxforget.influence.comparison import ceilings, compare
 from jaxforget.influence.scores import Scores, heat_map, load, measure, peak_memory, save, scatter
@@ -42,7 +43,7 @@ from jaxforget.influence.study import Study
 from jaxforget.influence.truth import Truth, TruthConfig, load_truth, retrain
 from jaxforget.influence.untrac import UnTrac, UnTracInv, answers
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, write_atomic
+from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.checkpoints import load_tree, save_tree
 from jaxforget.training.optimizer import ScheduleState, TrainConfig, rate_at

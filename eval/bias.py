@@ -21,13 +21,14 @@ from jaxforget.data.stereotypes import read_crows_pairs, read_pairs, read_prompt
 from jaxforget.data.text import TextConfig, encode
 from jaxforget.data.tokens import check_vocabulary, load_tokenizer
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.metrics.bias import benchmarks
 from jaxforget.metrics.bias.benchmarks import Measure, Subject
 from jaxforget.metrics.bias.generation import Scorer, encode_prompts, load_scorer
 from jaxforget.metrics.bias.scoring import start_id
 from jaxforget.models import hub
 from jaxforget.report.page import cell, figure, table, write_page
-from jaxforget.report.run import Run, write_atomic
+from jaxforget.report.run import Run
 from jaxforget.training.start import ComputeConfig
 
 

@@ -19,13 +19,14 @@ from jaxforget.data.sources import Record, read_records
 from jaxforget.data.text import TextConfig, read
 from jaxforget.data.tokens import check_vocabulary, load_tokenizer
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.metrics import attacks, benchmark, muse
 from jaxforget.metrics.benchmark import MeasureConfig, Metric
 from jaxforget.metrics.evidence import Reader, Request
 from jaxforget.models import hub
 from jaxforget.models.quantize import quantized
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, write_atomic
+from jaxforget.report.run import Run
 from jaxforget.training.stage import finished
 from jaxforget.training.start import ComputeConfig, require_causal
 from jaxforget.unlearning import scoring

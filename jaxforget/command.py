@@ -11,9 +11,11 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jaxforget.errors import RunError, UserError
+from jaxforget.files import leads
+from jaxforget.launch import LaunchConfig, launched
 from jaxforget.report.page import cell
 
 
@@ -29,14 +31,19 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
 
         listed = "; ".join(f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in presets.items())
         _lists_once(argv, type(presets[name]()))
-        config = tyro.cli(
-            type(presets[name]()),
-            default=presets[name](),
+        preset = presets[name]()
+        flags = {"config": preset, "launch": LaunchConfig()}
+        unnamed = [(field, Annotated[type(value), tyro.conf.arg(name="")], value) for field, value in flags.items()]
+        both = tyro.cli(
+            dataclasses.make_dataclass("Flags", unnamed),
             args=argv,
             description=f"Presets, chosen with --preset NAME before other flags apply. {listed}",
         )
         configure_jax()
-        run(config)
+        with launched(both.launch):
+            if not leads():
+                sys.stdout = open(os.devnull, "w")  # one process speaks for all; errors are told by each
+            run(both.config)
     except UserError as error:
         _fail(error, 2)
     except RunError as error:
@@ -113,7 +120,7 @@ def progress(label: str):
 
     Without a terminal it prints a line at most every ten seconds.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and leads():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -147,7 +154,8 @@ def progress(label: str):
 
 def say(message: str) -> None:
     """Tell the user something that is not a result."""
-    print(message, file=sys.stderr, flush=True)
+    if leads():
+        print(message, file=sys.stderr, flush=True)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], title: str) -> None:

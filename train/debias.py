@@ -8,7 +8,6 @@ bit. With --core and --dp.* modules are differentially private. Without --data i
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,6 +31,7 @@ from jaxforget.debiasing.run import Learner, ModuleConfig, Slots, train_fixed, t
 from jaxforget.debiasing.testbed import Testbed, measured
 from jaxforget.debiasing.token_ids import TOKENS, read_vocabulary, scratch_tokens, token_vocabulary, tokens_start
 from jaxforget.errors import UserError
+from jaxforget.files import remove
 from jaxforget.metrics.leakage import AttackConfig
 from jaxforget.models import hub
 from jaxforget.models.adapters import digest
@@ -156,7 +156,7 @@ def run(config: Config) -> None:
             row |= private.about if private else {}
     for chosen in sets_of(modules) if config.export else []:
         target = out.directory / "merged" / "+".join(chosen)
-        shutil.rmtree(target, ignore_errors=True)  # of a run that was killed
+        remove(target)  # of a run that was killed
         hub.save(target, model, merged(core, {n: modules[n] for n in chosen}, config.compose),
                  extra_files=tokenizer_files(start.save_tokenizer))  # fmt: skip
     document = out.finish(rows, labels=labels, attributes=names, modules=[str(file.name) for file in files])
@@ -305,8 +305,7 @@ def train(
                      slots=last[1])  # fmt: skip
 
     def save_core(params) -> None:
-        for stale in (core_dir, *out.directory.glob(".core.*")):  # of a run that was killed
-            shutil.rmtree(stale, ignore_errors=True)
+        remove(core_dir, *out.directory.glob(".core.*"))  # of a run that was killed
         hub.save(core_dir, model, params, extra_files=tokenizer_files(start.save_tokenizer))
 
     def save_modules(base, found: dict[str, dict[str, np.ndarray]], density: float, **about: Any) -> None:
@@ -330,7 +329,7 @@ def train(
         [done] = phases([one], config.module, config.density)
         save_core(done.params)
         save_modules(done.params, dict(zip(targets, done.modules, strict=True)), config.density, **about)
-        shutil.rmtree(out.directory / "checkpoints", ignore_errors=True)
+        remove(out.directory / "checkpoints")
         return done.params, files
 
     core = start.params(config.seed)
@@ -360,7 +359,7 @@ def train(
         done = phases(them, config.module, config.density, after=str(number), places=places)
         modules = {name: one.modules[0] for name, one in zip(group, done, strict=True)}
         save_modules(core, modules, config.density, **about)
-    shutil.rmtree(out.directory / "checkpoints", ignore_errors=True)
+    remove(out.directory / "checkpoints")
     return core, files
 
 

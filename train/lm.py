@@ -7,7 +7,6 @@ trains on the generated corpus of fictional people.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from jaxforget.data.sources import Record
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.errors import UserError
+from jaxforget.files import remove
 from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import language_metrics, masked_once, token_scores
 from jaxforget.models.adapters import check_adapter, save_adapter
@@ -236,7 +236,7 @@ def lora_of(config: Config, model) -> LoraConfig:
 def save_lora(directory: Path, config: Config, model, params) -> None:
     """Save the adapter beside the merged model, if there is one."""
     if config.lora.rank:
-        shutil.rmtree(directory, ignore_errors=True)  # what a kill before the model was saved left
+        remove(directory)  # what a kill before the model was saved left
         save_adapter(directory, model, params, lora_of(config, model), base_name=config.model)
 
 

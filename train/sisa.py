@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 import tyro
 
-from jaxforget import command
+from jaxforget import command, files
 from jaxforget.data import fictional
 from jaxforget.data.sources import Record
 from jaxforget.data.tasks import class_names
@@ -184,8 +183,7 @@ def plan(config: Config, out: Run) -> None:
         rows[name if name in rows else name.rpartition("#")[0]] += 1  # chunks of a record are <id>#<i>
     out.begin()
     base = out.directory / "base"
-    for stale in (base, *out.directory.glob(".base.*")):  # of a kill during the planning
-        shutil.rmtree(stale, ignore_errors=True)
+    files.remove(base, *out.directory.glob(".base.*"))  # of a kill during the planning
     hub.save(base, start.model, params, extra_files=tokenizer_files(start.save_tokenizer))
     recipe = Recipe(
         task=config.task, labels=labels, shards=shards, slices=config.slices, seed=config.seed,

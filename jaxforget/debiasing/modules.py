@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import numpy as np
 
 from jaxforget.debiasing.differences import Layout
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.models.adapters import digest
 from jaxforget.models.model import Params
 
@@ -97,14 +97,7 @@ def save_module(file: str | Path, module: Module, dtype: str = "float32") -> Pat
         "shapes": module.shapes, "about": module.about,
     }  # fmt: skip
     file = Path(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(save(tensors, {FORMAT: json.dumps(described, sort_keys=True)}))
-        os.replace(temporary, file)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(file)
-        raise
+    write_atomic(file, save(tensors, {FORMAT: json.dumps(described, sort_keys=True)}))
     return file
 
 

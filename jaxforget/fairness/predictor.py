@@ -30,7 +30,7 @@ from jaxforget import checks
 from jaxforget.errors import UserError
 from jaxforget.fairness.odds import check_settings, equalized_odds, score_thresholds
 from jaxforget.fairness.statistics import STATISTICS, cell_counts, pooled, smoothed, votes_of_vector
-from jaxforget.report.run import write_atomic
+from jaxforget.files import write_atomic
 
 # The statistic that the table of a method is indexed by; with `each`, of one member, whose vote is its majority.
 METHODS = {"none": "majority", "each": "majority", "majority": "majority", "count": "count", "vector": "vector"}

@@ -11,8 +11,8 @@ Shapes: K datasets, Q queries, O seeds, J random subsets, M members.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxforget import checks
+from jaxforget import checks, files
 from jaxforget.data.sampling import hash64, id_keys
 from jaxforget.data.tokens import Examples, concatenate, same_widths
 from jaxforget.errors import UserError
@@ -97,10 +97,9 @@ def load_truth(path: Path) -> Truth:
 
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write an .npz by one rename."""
-    temporary = path.with_name(f".{path.name}")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    files.write_atomic(path, content.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -219,5 +218,5 @@ def _group(objective, params, queries, config, training, step, group, batches, d
     parts_M = lifted.combine(frozen, outcome.state.trainable)
     evaluate(outcome.steps, parts_M)
     found = [set_losses(objective, parts_M["model"], one, how=config.members).mean_K for one in queries.values()]
-    shutil.rmtree(scratch, ignore_errors=True)
+    files.remove(scratch)
     return {"losses_MQ": np.stack(found, axis=1), "seconds": outcome.seconds, "tokens": float(outcome.tokens)}

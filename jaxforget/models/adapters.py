@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxforget.errors import UserError
+from jaxforget.files import new_directory
 from jaxforget.models import hub
 from jaxforget.models.layers import LowRank
 from jaxforget.models.model import Model, Params, family_of
@@ -79,7 +80,7 @@ def save_adapter(
     }
     metadata = {"format": "pt", DIGEST: digest(params, without={places[name].path for name in whole})}
 
-    with hub.new_directory(directory) as temporary:
+    with new_directory(directory) as temporary:
         (temporary / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(tensors, temporary / WEIGHTS, metadata=metadata)
     return Path(directory)

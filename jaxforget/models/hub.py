@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxforget.errors import RunError, UserError
+from jaxforget.files import leads, new_directory
 from jaxforget.models import configs
 from jaxforget.models.model import Model, Params, build, family_of
 from jaxforget.models.sharding import from_parts, host, parameter_sharding, resting
@@ -301,26 +299,6 @@ def save(
     return Path(directory).expanduser()
 
 
-@contextlib.contextmanager
-def new_directory(directory: str | Path) -> Iterator[Path]:
-    """Give a directory to write into that appears under its name complete or not at all.
-
-    Raises UserError where `directory` exists and is not empty.
-    """
-    directory = Path(directory).expanduser()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} exists and is not an empty directory; choose another")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, directory)  # also over an empty directory
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def to_tensors(model: Model, params: Params) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
     """Return Hugging Face name -> (shape, function that makes the float32 array)."""
     table = family_of(model.config.model_type).keys(model.config)
@@ -364,7 +342,8 @@ def _write_files(directory: Path, model: Model, params: Params, dtype: str, max_
         file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         # safetensors writes an array's memory as it lies: a transposed view has to be copied.
         arrays = {name: np.ascontiguousarray(tensors[name][1]().astype(stored)) for name in names}
-        save_file(arrays, directory / file, metadata={"format": "pt"})
+        if leads():
+            save_file(arrays, directory / file, metadata={"format": "pt"})
         index |= dict.fromkeys(names, file)
     if len(shards) > 1:
         content = {"metadata": {"total_size": total}, "weight_map": index}

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxforget.models import sharding
+
 
 # ---------------------------------------------------------------------------------------------- operations
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["kernel", "a", "b"], meta_fields=["scale"])
@@ -367,7 +369,10 @@ def run_blocks(body, x, params_L, extras_L, *, scan: bool, remat: str):
     params_L, extras_L: pytrees of arrays with a leading layer axis. scan: one compiled body for all layers,
     otherwise unrolled (slower to compile, and with few layers often faster to run). remat: a row of REMAT.
     """
-    if (policy := REMAT[remat]) is not None:
+    policy = REMAT[remat]
+    if policy is None and sharding.size("fsdp") > 1:  # to keep what was gathered would be to keep all parameters whole
+        policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+    if policy is not None:
         # Inside a scan nothing can be merged across iterations, so the barrier against it is not needed.
         body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
     if scan:

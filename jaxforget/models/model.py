@@ -17,7 +17,7 @@ from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models.layers import REMAT, Draws, Place, last_token, linear, run_blocks
-from jaxforget.models.sharding import pin
+from jaxforget.models.sharding import gather, pin
 
 Params = dict[str, Any]
 Cache = dict[str, jax.Array]
@@ -50,7 +50,7 @@ def functional(module, config):
         draws = Draws(jax.random.normal(key, (count.used,), jnp.float32))
         return nnx.to_pure_dict(nnx.split(module(config, draws))[1])
 
-    return init, lambda params: nnx.merge(skeleton, params)
+    return init, lambda params: nnx.merge(skeleton, gather(params))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,12 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxforget.errors import UserError
 
 PyTree = Any
 AXES = ("member", "data", "fsdp", "tensor")
+GATHERED = "gathered"
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
 
 # The end of a parameter's path, and the mesh axis of each of its last axes. The first rule that fits counts. Axes
@@ -85,7 +87,8 @@ def size(*axes: str) -> int:
 # --------------------------------------------------------------------------------------------------- rules
 def rule_of(path: str) -> tuple[str | None, ...] | None:
     """Return the axes of the rule that fits a path such as `model/blocks/attn/q/kernel`, or None."""
-    return next((axes for end, axes in RULES if re.search(rf"(^|/){end}$", path)), None)
+    # What stands for a kernel (layers.LowRank, layers.Tapped) holds it as its own kernel or value.
+    return next((axes for end, axes in RULES if re.search(rf"(^|/){end}(/kernel|/value)?$", path)), None)
 
 
 def spec_of(path: str, shape: tuple[int, ...], lead: int = 0) -> PartitionSpec:
@@ -189,6 +192,22 @@ def pin(tree: PyTree, lead: int = 0) -> PyTree:
         return tree
     pinned = jax.lax.with_sharding_constraint
     return jax.tree_util.tree_map_with_path(lambda path, x: pinned(x, spec_of(_name(path), x.shape, lead)), tree)
+
+
+def gather(params: PyTree) -> PyTree:
+    """Join over fsdp the parameters that a block is about to use, where a program is traced.
+
+    Without it XLA would rather cut the activations as the parameters are. Their parts are kept for the backward pass,
+    not the whole: see layers.run_blocks.
+    """
+    if size("fsdp") == 1:
+        return params
+
+    def whole(path, leaf):
+        spec = (None if axis == "fsdp" else axis for axis in spec_of(_name(path), leaf.shape))
+        return checkpoint_name(jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec)), GATHERED)
+
+    return jax.tree_util.tree_map_with_path(whole, params)
 
 
 def pin_rows(batch: PyTree, axis: int = 0) -> PyTree:

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxforget.errors import UserError
-from jaxforget.report.run import write_atomic
+from jaxforget.files import write_alone
 
 Sampler = Literal["poisson", "truncated", "cyclic", "shuffle", "fixed"]
 Accountant = Literal["pld", "rdp"]
@@ -275,5 +275,5 @@ def _cached(inputs: dict[str, Any], compute: Callable[[], float]) -> float:
     sigma = compute()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs seconds, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({**inputs, "sigma": sigma}))
+        write_alone(path, json.dumps({**inputs, "sigma": sigma}))
     return sigma

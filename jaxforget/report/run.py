@@ -14,22 +14,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from jaxforget import files
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 
 SCHEMA = 1
 NOT_COMPARED = ("out", "resume")  # settings that do not change the numbers
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        error.filename = str(path)  # a failed write does not say of what
-        raise
 
 
 def plain(value: Any) -> Any:
@@ -61,10 +51,13 @@ def device_name() -> str:
     """Describe what the numbers were computed on."""
     import jax
 
-    devices = jax.devices()
+    devices, mesh, count = jax.devices(), jax.sharding.get_mesh(), jax.process_count()
+    name = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform == "cpu":
-        return f"cpu, {os.cpu_count()} cores"
-    return f"{len(devices)} x {devices[0].device_kind}"
+        name = f"cpu, {os.cpu_count()} cores"
+    if not mesh.empty:
+        name += ", mesh " + ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return name + (f", {count} processes" if count > 1 else "")
 
 
 class Run:
@@ -76,6 +69,10 @@ class Run:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         self.directory = Path(out) if out else Path("runs") / f"{command}-{stamp}"
         self.started = time.perf_counter()
+        import jax
+
+        if jax.process_count() > 1 and not out:
+            raise UserError("several processes need --out DIR, the same for all")
         if resume and not out:
             raise UserError("--resume needs --out DIR, the directory of the run to continue")
         if self.directory.exists() and not self.directory.is_dir():
@@ -90,6 +87,7 @@ class Run:
 
     def begin(self) -> None:
         """Make the directory and write config.json. Called once the input has been read and found good."""
+        files.wait_for_all()  # each has looked at the directory
         if not self.resumed:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -121,6 +119,8 @@ class Run:
 
     def log(self, stage: str, step: int, metrics: dict[str, Any]) -> None:
         """Append one line. Lines reach the file before the checkpoint that follows them."""
+        if not files.leads():
+            return
         path = self.directory / "metrics.jsonl"
         if self._metrics is None:
             self._metrics = open(path, "a", encoding="utf-8")

@@ -11,11 +11,11 @@ Waiting requests are served together: a stage that several of them touch is retr
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jaxforget import files
 from jaxforget.errors import UserError
 from jaxforget.report.run import environment
 from jaxforget.sisa.cost import training_visits
@@ -108,7 +108,7 @@ def serve(
 def _erase(ensemble: Ensemble, requests: Sequence[dict], export: bool) -> None:
     """Remove every stage that the surviving records do not call for, then commit."""
     ensemble.store.keep_only(key for row in ensemble.needed() for key in row if key is not None)
-    shutil.rmtree(ensemble.directory / "working", ignore_errors=True)
+    files.remove(ensemble.directory / "working")
     if export:
         ensemble.export()
     if requests:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxforget import files
 from jaxforget.data.text import encode
 from jaxforget.data.tokens import Examples, concatenate, load_tokenizer
 from jaxforget.errors import RunError, UserError
@@ -31,7 +31,7 @@ from jaxforget.models.layers import merge
 from jaxforget.report.run import from_plain
 from jaxforget.sisa.ledger import Ledger
 from jaxforget.sisa.recipe import Recipe, stage_keys
-from jaxforget.sisa.store import Finished, Scratch, Store, remove
+from jaxforget.sisa.store import Finished, Scratch, Store
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints, PyTree, digest
 from jaxforget.training.ensemble import MemberBatches, member, members, stack
@@ -204,7 +204,7 @@ class Ensemble:
             for one in done
         )  # fmt: skip
         if store is self.store:
-            shutil.rmtree(self.directory / "working", ignore_errors=True)
+            files.remove(self.directory / "working")
         return done
 
     def _before(self, store, keys: Keys, shard: int, stage: int):
@@ -276,16 +276,16 @@ class Ensemble:
         wanted = {f"shard-{shard}": (shard, key) for shard, key in final.items()}
         for path in root.iterdir():  # of emptied shards, and what a kill left half-written
             if path.name not in wanted:
-                remove(path)
+                files.remove(path)
         for name, (shard, key) in wanted.items():
             note = root / name / "stage.json"
             if note.exists() and json.loads(note.read_text())["key"] == key:
                 continue
             params = self.params(shard)
-            shutil.rmtree(root / name, ignore_errors=True)
+            files.remove(root / name)
             about = json.dumps({"shard": shard, "key": key}) + "\n"
-            files = tokenizer_files(self.tokenizer.save_pretrained) | {"stage.json": about}
-            hub.save(root / name, self.model, params, extra_files=files)
+            beside = tokenizer_files(self.tokenizer.save_pretrained) | {"stage.json": about}
+            hub.save(root / name, self.model, params, extra_files=beside)
 
 
 @contextmanager

@@ -5,22 +5,14 @@ A stage is a checkpoint directory and, once that is complete, a row of the ledge
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from jaxforget import files
 from jaxforget.errors import RunError
 from jaxforget.sisa.ledger import Ledger
 from jaxforget.training.checkpoints import PyTree, digest, load_tree, save_tree
-
-
-def remove(path: Path) -> None:
-    """Remove a directory, or a file that does not belong where it is, such as one that a file browser left."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 class Finished(NamedTuple):
@@ -73,7 +65,7 @@ class Store:
         except RunError as error:
             reason = str(error)
         self.ledger.drop_stages([key])
-        shutil.rmtree(self._path(key), ignore_errors=True)
+        files.remove(self._path(key))
         raise RunError(f"shard {row['shard']}, slice {row['stage']}: the checkpoint is damaged and was removed; "
                        f"run again with --resume to train it again ({reason})")  # fmt: skip
 
@@ -88,7 +80,7 @@ class Store:
         kept = {self._path(key).name for key in keys}
         for path in self.directory.iterdir() if self.directory.is_dir() else ():
             if path.name not in kept:
-                remove(path)
+                files.remove(path)
 
 
 class Scratch:

@@ -6,13 +6,13 @@ The saved model directory appears by one rename and holds the record of its trai
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jaxforget import files
 from jaxforget.models import hub
 from jaxforget.models.layers import merge
 from jaxforget.models.sharding import resting
@@ -76,13 +76,12 @@ def train_stage(
         model, outcome.tokens, batches.mean_length, forward_tokens=record.pop("forward_tokens", 0)
     )
 
-    files = tokenizer_files(save_tokenizer)
-    for stale in directory.parent.glob(f".{directory.name}.*"):  # what a kill during an earlier save left
-        shutil.rmtree(stale, ignore_errors=True)
+    beside = tokenizer_files(save_tokenizer)
+    files.remove(*directory.parent.glob(f".{directory.name}.*"))  # what a kill during an earlier save left
     save_adapter(joined)
-    files[RECORD] = json.dumps(record, indent=2) + "\n"
-    hub.save(directory, model, params, extra_files=files)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    beside[RECORD] = json.dumps(record, indent=2) + "\n"
+    hub.save(directory, model, params, extra_files=beside)
+    files.remove(checkpoints)
     return params, record
 
 

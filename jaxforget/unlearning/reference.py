@@ -6,8 +6,8 @@ Shapes: N examples, B batch, T tokens.
 from __future__ import annotations
 
 import functools
+import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.data.tokens import Examples
+from jaxforget.files import write_atomic
 from jaxforget.metrics.language import in_batches
 from jaxforget.training.checkpoints import digest
 from jaxforget.training.objectives import token_logp
@@ -63,8 +64,7 @@ def stored(
         pass
     arrays = {field: np.asarray(array) for field, array in compute().items()}
     setting.cache.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:  # given a name, NumPy would add .npz
-        np.savez(file, key=np.asarray(key), **arrays)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    np.savez(content, key=np.asarray(key), **arrays)
+    write_atomic(path, content.getvalue())
     return arrays
