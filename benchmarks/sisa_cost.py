@@ -25,8 +25,9 @@ from jaxforget import command
 from jaxforget.data.sampling import id_keys, order
 from jaxforget.data.text import TextConfig, read
 from jaxforget.errors import UserError
+from jaxforget.files import write_atomic
 from jaxforget.report.page import figure, table, write_page
-from jaxforget.report.run import Run, write_atomic
+from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.sisa.aggregation import AGGREGATIONS
 from jaxforget.sisa.cost import batched_with_slices, one_request, sequential, simulate, training_visits
