@@ -39,6 +39,8 @@ class Config:
     """Evenly spaced steps of each run at which models are measured and may be chosen."""
     seeds: int = 3
     """Seeds of training and unlearning."""
+    choosing_seeds: int = 0
+    """So many seeds run all settings, and the others the one chosen on them; 0 is all seeds."""
     base: str | None = None
     """Model to train both yardsticks from, as a Hugging Face directory or hub name. Not given: from scratch."""
     tokenizer: str | None = None

@@ -25,7 +25,7 @@ from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import adamw, set_schedule
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
-from jaxforget.unlearning.sweep import grid, sweep
+from jaxforget.unlearning.sweep import Member, grid, sweep
 from jaxforget.unlearning.tuning import YARDSTICKS, criterion, over_settings, robustness
 
 
@@ -94,12 +94,37 @@ def train_yardsticks(config: Config, study: Study, models: Mapping[str, list[Pat
 
 def sweep_method(config: Config, out: Run, study: Study, name: str, models: Mapping[str, list[Path]],
                  before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # fmt: skip
-    """Run all settings of a method, choose one by the criterion and keep its models."""
+    """Run all settings of a method, choose one by the criterion and keep its models.
+
+    With --choosing-seeds the others run the chosen setting alone.
+    """
     method, scratch = study.methods[name], out.directory / "scratch" / name
     shutil.rmtree(scratch, ignore_errors=True)
     settings = [study.setting._replace(params=loaded(study, path), seed=seed, cache=out.directory / "reference")
                 for seed, path in enumerate(models["original"])]  # fmt: skip
-    runs = grid(method, settings, config.learning_rates, config.strengths)
+    choosing = config.choosing_seeds or config.seeds
+    runs = grid(method, settings[:choosing], config.learning_rates, config.strengths)
+    points, notes, cost = watched(config, study, name, runs, before, scratch)
+    means = over_settings(points, choosing)
+    best = max((one for one in means if one["criterion"] is not None), key=lambda one: one["criterion"], default=None)
+    if best is not None:
+        chosen = (best["learning_rate"],), (best["strength"],)
+        if rest := grid(method, settings[choosing:], *chosen):
+            notes += watched(config, study, name, rest, before, scratch)[1]
+        for seed, target in enumerate(models[name]):
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(place(scratch, best["step"], *chosen[0], *chosen[1], seed), target)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return {"grid": means, "chosen": best, "robustness": robustness(means), "cost": cost, "notes": notes}
+
+
+def watched(config: Config, study: Study, name: str, runs: Sequence[Member], before: Sequence[Mapping[str, Any]],
+            scratch: Path) -> tuple[list[dict[str, Any]], list[str], dict[str, float]]:  # fmt: skip
+    """Unlearn side by side, measuring the validation half and keeping models at every checkpoint.
+
+    Returns the measurements, what is to be said of runs that failed, and the cost.
+    """
     steps = config.unlearning.epochs * -(-len(study.setting.sets["forget"]) // config.unlearning.batch_size)
     every, width = -(-steps // config.checkpoints), config.width or len(runs)
     points, notes = [], []
@@ -107,31 +132,25 @@ def sweep_method(config: Config, out: Run, study: Study, name: str, models: Mapp
     for first in range(0, len(runs), width):
         group = runs[first : first + width]
 
-        def evaluate(step: int, params, first=first, group=group) -> None:
-            for k, (one, mine) in enumerate(zip(group, params, strict=True), first if step else len(runs)):
-                if k < len(runs):
-                    found = validate(study, mine)
-                    points.append({"learning_rate": one.learning_rate, "strength": one.strength, "step": step,
-                                   "seed": one.setting.seed, **found,
-                                   "criterion": criterion(found, before[one.setting.seed])})  # fmt: skip
-                    save_tree(scratch / f"{step}-{k}", mine)
+        def evaluate(step: int, params, group=group) -> None:
+            for one, mine in zip(group, params, strict=True) if step else ():
+                found = validate(study, mine)
+                points.append({"learning_rate": one.learning_rate, "strength": one.strength, "step": step,
+                               "seed": one.setting.seed, **found,
+                               "criterion": criterion(found, before[one.setting.seed])})  # fmt: skip
+                save_tree(place(scratch, step, one.learning_rate, one.strength, one.setting.seed), mine)
 
         with command.progress(f"{name}: {len(group)} runs") as show:
-            swept = sweep(method, group, config.unlearning, moving_parts(config.trainable, config.lora),
+            swept = sweep(study.methods[name], group, config.unlearning, moving_parts(config.trainable, config.lora),
                           how=config.members, evaluate=evaluate, evaluate_every=every, show=show)  # fmt: skip
         notes += [f"rate {one.learning_rate:g}, strength {one.strength:g}, seed {one.setting.seed}: {note}"
                   for one, note in zip(group, swept.notes, strict=True) if note]  # fmt: skip
         cost = {**cost, "seconds": cost["seconds"] + swept.outcome.seconds,
                 "steps": cost["steps"] + swept.outcome.steps * len(group),
                 "tokens": cost["tokens"] + swept.outcome.tokens}  # fmt: skip
-    means = over_settings(points, config.seeds)
-    best = max((one for one in means if one["criterion"] is not None), key=lambda one: one["criterion"], default=None)
-    if best is not None:
-        for k, one in enumerate(runs):
-            if (one.learning_rate, one.strength) == (best["learning_rate"], best["strength"]):
-                target = models[name][one.setting.seed]
-                shutil.rmtree(target, ignore_errors=True)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(scratch / f"{best['step']}-{k}", target)
-    shutil.rmtree(scratch, ignore_errors=True)
-    return {"grid": means, "chosen": best, "robustness": robustness(means), "cost": cost, "notes": notes}
+    return points, notes, cost
+
+
+def place(scratch: Path, step: int, rate: float, strength: float, seed: int) -> Path:
+    """Name the model of a member at a checkpoint."""
+    return scratch / f"step{step}-rate{rate:g}-strength{strength:g}-seed{seed}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.unlearning import side_effects
 from benchmarks.unlearning.config import Config
-from jaxforget import command
+from jaxforget import checks, command
 from jaxforget.data import fictional, stereotyped
 from jaxforget.data.sampling import id_keys, order
 from jaxforget.data.sources import Record
@@ -59,7 +59,8 @@ def prepare(config: Config) -> Study:
     command.at_least(1, seeds=config.seeds, checkpoints=config.checkpoints, test_records=config.test_records,
                      validation_records=config.validation_records, resamples=config.resamples)  # fmt: skip
     command.at_least(0, relearn_every=config.relearn_every, width=config.width, requests=config.requests,
-                     shards=config.shards)  # fmt: skip
+                     shards=config.shards, choosing_seeds=config.choosing_seeds)  # fmt: skip
+    checks.between(0, config.seeds, choosing_seeds=config.choosing_seeds)
     epoch_schedule(config.train.epochs, config.slices)
     for field in ("methods", "learning_rates", "strengths"):
         if not getattr(config, field):

@@ -44,7 +44,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"head/bias", ("tensor",)),
     (r"(positions|segments)/table", (None, "fsdp")),
     (r"(encoder|decoder)_bias/table", (None, "tensor")),
-    (r"(transform|pool|score)/kernel", ("fsdp", None)),
+    (r"(transform|pool|score|project_in|project_out)/kernel", ("fsdp", None)),
     (r"(o|down|transform|pool|score)/bias", (None,)),
     (r"\w*norm/(scale|bias)", (None,)),
 )
