@@ -8,14 +8,15 @@ import errno
 import os
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from jaxforget.errors import RunError, UserError
-from jaxforget.files import leads
-from jaxforget.launch import LaunchConfig, launched
+from jaxforget.files import leads, wait_for_all
+from jaxforget.launch import LaunchConfig, joined, launched, leave
 from jaxforget.report.page import cell
 
 
@@ -40,20 +41,24 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
             description=f"Presets, chosen with --preset NAME before other flags apply. {listed}",
         )
         configure_jax()
-        with launched(both.launch):
+        with launched(both.launch, both.config):
             if not leads():
                 sys.stdout = open(os.devnull, "w")  # one process speaks for all; errors are told by each
             run(both.config)
+            wait_for_all()  # for as long as it takes: the library's own end of processes has a time limit
     except UserError as error:
         _fail(error, 2)
     except RunError as error:
         _fail(error, 1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); make room and use --resume", 1)
     except KeyboardInterrupt:
         _fail("interrupted; run again with --resume", 130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); make room and use --resume", 1)
+        if not joined():
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 def _preset_name(argv: list[str], presets: Mapping[str, Any]) -> str:
@@ -86,9 +91,9 @@ def _lists(kind: type) -> Iterator[str]:
             yield name.replace("_", "-")
 
 
-def _fail(message: object, code: int) -> None:
+def _fail(message: object, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    leave(code)
 
 
 def configure_jax() -> None:
