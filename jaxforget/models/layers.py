@@ -370,8 +370,8 @@ def run_blocks(body, x, params_L, extras_L, *, scan: bool, remat: str):
     otherwise unrolled (slower to compile, and with few layers often faster to run). remat: a row of REMAT.
     """
     policy = REMAT[remat]
-    if policy is None and sharding.size("fsdp") > 1:  # to keep what was gathered would be to keep all parameters whole
-        policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+    if policy is None and sharding.size("fsdp") > 1:
+        policy = sharding.all_but_forms
     if policy is not None:
         # Inside a scan nothing can be merged across iterations, so the barrier against it is not needed.
         body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)

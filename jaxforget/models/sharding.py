@@ -20,15 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxforget.errors import UserError
 
 PyTree = Any
 AXES = ("member", "data", "fsdp", "tensor")
-GATHERED = "gathered"
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
+
+FORMS = ("sharding_constraint", "convert_element_type", "transpose", "reshape", "squeeze", "broadcast_in_dim")
 
 # The end of a parameter's path, and the mesh axis of each of its last axes. The first rule that fits counts. Axes
 # before these (layers) are whole on every device. An axis of the mesh that does not divide is left out.
@@ -144,6 +144,8 @@ def place_rows(batch: PyTree) -> PyTree:
 
 def _put(leaf, sharding: NamedSharding):
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # device_put moves none between processes
+            return jax.jit(lambda key: key, out_shardings=sharding)(leaf)
         return jax.device_put(leaf, sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
@@ -156,8 +158,10 @@ def from_parts(shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[
     last: tuple[Any, Any] = (None, None)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         if last[0] != index:  # devices that hold the same part follow each other as a rule
+            jax.block_until_ready(parts)  # a part on its way to a device is still on the host
             last = index, read(index)
         parts.append(jax.device_put(last[1], device))
+    jax.block_until_ready(parts)
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
@@ -198,16 +202,25 @@ def gather(params: PyTree) -> PyTree:
     """Join over fsdp the parameters that a block is about to use, where a program is traced.
 
     Without it XLA would rather cut the activations as the parameters are. Their parts are kept for the backward pass,
-    not the whole: see layers.run_blocks.
+    not the whole: see `all_but_forms`.
     """
     if size("fsdp") == 1:
         return params
 
     def whole(path, leaf):
         spec = (None if axis == "fsdp" else axis for axis in spec_of(_name(path), leaf.shape))
-        return checkpoint_name(jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec)), GATHERED)
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def all_but_forms(primitive, *_, **__) -> bool:
+    """Let the backward pass find all results in memory but those that are an array in another place, type or shape.
+
+    A policy for jax.checkpoint. What is gathered, or cast after that, is made again: to keep it would be to keep all
+    parameters whole.
+    """
+    return primitive.name not in FORMS
 
 
 def pin_rows(batch: PyTree, axis: int = 0) -> PyTree:
@@ -215,16 +228,20 @@ def pin_rows(batch: PyTree, axis: int = 0) -> PyTree:
 
     Raises UserError where they do not divide.
     """
-    devices = size(*ROWS)
-    if devices == 1:
+    if size(*ROWS) == 1:
         return batch
-    rows = jax.tree.leaves(batch)[0].shape[axis]
+    check_rows(jax.tree.leaves(batch)[0].shape[axis])
+    spec = PartitionSpec(*(None,) * axis, ROWS)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), batch)
+
+
+def check_rows(rows: int) -> None:
+    """Raise UserError for a number of rows at a time that does not divide over the devices."""
+    devices = size(*ROWS)
     if rows % devices:
         near = [n for n in (rows - rows % devices, rows - rows % devices + devices) if n]
         raise UserError(f"{rows} rows at a time do not divide over the {devices} devices of data and fsdp; take "
                         f"{' or '.join(map(str, near))} (batch size and microbatch)")  # fmt: skip
-    spec = PartitionSpec(*(None,) * axis, ROWS)
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), batch)
 
 
 def apart(function: Callable, mine_K: PyTree, *rest: PyTree) -> Any:

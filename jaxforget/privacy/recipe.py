@@ -13,6 +13,7 @@ import optax
 
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
+from jaxforget.models.sharding import ROWS, size
 from jaxforget.privacy.accounting import Mechanism, PrivacyConfig, mechanism
 from jaxforget.privacy.clipping import Clipping, check_units
 from jaxforget.privacy.noise import Adaptive, band_coefficients, gaussian_noise, private_gradient, set_privacy
@@ -42,7 +43,7 @@ def private_run(config: PrivacyConfig, train: TrainConfig, examples: Examples, s
     steps = train.epochs * -(-units // train.batch_size)
     how = mechanism(config, population=units, batch=train.batch_size, steps=steps, unit=unit)
     microbatch = train.microbatch_of(train.batch_size)
-    batches = PoissonBatches(examples, how, seed, microbatch or 1)
+    batches = PoissonBatches(examples, how, seed, microbatch or size(*ROWS))  # a draw may be of any size
     clipping = Clipping(config.estimator, batches.members, config.groups, config.auto_s)
     multiplier, adaptive = how.noise_std / how.clip, None
     if config.quantile is not None:

@@ -17,6 +17,7 @@ import optax
 
 from jaxforget import checks
 from jaxforget.errors import UserError
+from jaxforget.models.sharding import ROWS, check_rows, size
 from jaxforget.training.step import State
 
 
@@ -56,7 +57,8 @@ class TrainConfig(OptimizerConfig):
     batch_size: int = 16
     """Examples of the first training set in a batch."""
     microbatch: int | None = None
-    """Examples differentiated at a time; 0 is the whole batch. Not given: 4 on a CPU, where that is fastest, else 0."""
+    """Examples differentiated at a time; 0 is the whole batch. Not given: 4 for each device on a CPU, where that is
+    fastest, else 0."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -64,12 +66,21 @@ class TrainConfig(OptimizerConfig):
         checks.at_least(0, microbatch=self.microbatch)
 
     def microbatch_of(self, *rows: int) -> int | None:
-        """Resolve the micro-batch for streams of these row counts; each micro-batch then holds one stream."""
-        if self.microbatch is not None:
-            if self.microbatch and any(row % self.microbatch for row in rows):
+        """Resolve the micro-batch for streams of these row counts; each micro-batch then holds one stream.
+
+        Raises UserError where it does not divide them, or the devices of a mesh do not divide it.
+        """
+        if self.microbatch:
+            if any(row % self.microbatch for row in rows):
                 raise UserError(f"--microbatch {self.microbatch} does not divide the batch rows {list(rows)}")
-            return self.microbatch or None
-        return math.gcd(4, *rows) if jax.default_backend() == "cpu" else None
+            check_rows(self.microbatch)
+            return self.microbatch
+        if self.microbatch is None and jax.default_backend() == "cpu":
+            for row in rows:
+                check_rows(row)
+            return math.gcd(4 * size(*ROWS), *rows)
+        check_rows(sum(rows))
+        return None
 
 
 class ScheduleState(NamedTuple):
