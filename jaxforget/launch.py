@@ -23,7 +23,8 @@ from jaxforget.models.sharding import make_mesh
 PATIENCE = 300  # seconds in which all processes must have been started
 SILENCE = 30  # seconds without a sign of life after which a process counts as dead
 STOPPED = "another process of this run has stopped; start all of them again with --resume"
-GONE = re.compile(r"gloo|nccl|socket|connection|heartbeat|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
+# What the library says, in errors of several types, when it no longer hears of another process.
+GONE = re.compile(r"gloo|nccl|heartbeat|coordination service|barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 _kept: list = []  # C code does not keep what it may call
 
 
@@ -133,7 +134,7 @@ def _require_same(settings: str) -> None:
 def _of_another(error: BaseException | None) -> bool:
     """Say whether an error, or one that led to it, tells that another process is gone."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError) and GONE.search(str(error)):
+        if not isinstance(error, (UserError, OSError)) and GONE.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
