@@ -66,8 +66,11 @@ CONFIGS = {
                             "max_position_embeddings": 8192, "rope_theta": 5e5},
 }  # fmt: skip
 VIRTUAL = 64  # CPU devices
+# What the time of a step is predicted for besides: more devices than are compiled for, and the tensor axis.
+BEYOND = ({"fsdp": 64}, {"fsdp": 512}, {"data": 8, "fsdp": 8}, {"data": 64, "fsdp": 8},
+          {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 4}, {"tensor": 8})  # fmt: skip
 FIELDS = ("parameters_gb", "beside_gb", "optimizer_gb", "gradients_gb", "temporary_gb", "peak_gb", "sent_gb",
-          "predicted_sent_gb", "h200_seconds", "v5p_seconds", "compile_seconds")  # fmt: skip
+          "predicted_sent_gb", "h200_seconds", "v5p_seconds", "fits")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,14 +124,17 @@ def run(config: Config) -> None:
             program(config, model, method, 1)
     out = Run("benchmarks.memory", config, config.out, None)
     out.begin()
-    rows = []
+    rows, beyond = [], []
     for name, model in models.items():
+        beyond += [{"model": name, "mesh": text_of(mesh)} | predicted(
+            cost.Work(model=model, method="plain", rows=config.rows * mesh.get("data", 1) * mesh.get("fsdp", 1),
+                      length=config.length, mesh=mesh)) for mesh in BEYOND]  # fmt: skip
         for mesh in meshes:
             for method in config.methods:
                 rows.append({"name": f"{name}, {method}", "model": name, "method": method})
                 rows[-1] |= measure(config, model, method, mesh)
                 command.say(f"{rows[-1]['name']} on {rows[-1]['mesh']}: {rows[-1]['peak_gb']:.1f} GB")
-    document = out.finish(rows, hardware=cost.HARDWARE)
+    document = out.finish(rows, beyond=beyond, hardware=cost.HARDWARE)
     shown = ("name", "mesh", *FIELDS)
     write_page(out.directory / "report.html", "Memory of a step", f"Compiled for {jax.default_backend()}.",
                [("Steps", "GB (10^9 bytes) on each device.", table(rows, shown))], document["config"])  # fmt: skip
@@ -238,9 +244,11 @@ def measure(config: Config, model: Model, method: str, sizes: dict[str, int]) ->
     with jax.set_mesh(mesh):
         built = program(config, model, method, rows)
         row = {"mesh": text_of(sizes), "devices": mesh.devices.size, "rows": rows * count}
-        row |= predicted(config, cost.Work(model=model, method=method, rows=rows, length=config.length, mesh=sizes,
-                                           members=count, **built.work))  # fmt: skip
-        return row | compiled(config, built, mesh, rows, count if several else 0)
+        row |= predicted(cost.Work(model=model, method=method, rows=rows, length=config.length, mesh=sizes,
+                                   members=count, **built.work))  # fmt: skip
+        row |= compiled(config, built, mesh, rows, count if several else 0)
+    fits = [hardware.name for hardware in cost.HARDWARE.values() if row["peak_gb"] * 1e9 <= hardware.memory]
+    return row | {"fits": ", ".join(fits)}
 
 
 def compiled(config: Config, built: Program, mesh, rows: int, count: int) -> dict[str, Any]:
@@ -274,7 +282,7 @@ def compiled(config: Config, built: Program, mesh, rows: int, count: int) -> dic
     return about | {"sent_by_axis_gb": {axis: size / 1e9 for axis, size in sent.items()}, "compile_seconds": took}
 
 
-def predicted(config: Config, work: cost.Work) -> dict[str, Any]:
+def predicted(work: cost.Work) -> dict[str, Any]:
     """Say what training/cost.py predicts of a step."""
     found = cost.cost(work)
     row = {"predicted_tflops": found.flops / 1e12, "predicted_moved_gb": found.bytes / 1e9,
