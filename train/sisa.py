@@ -22,6 +22,7 @@ from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.errors import UserError
 from jaxforget.models import hub
+from jaxforget.launch import one_process
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run, plain
 from jaxforget.sisa.cost import training_visits
@@ -116,6 +117,7 @@ def fields_of(task: str) -> tuple[str, ...]:
 
 def run(config: Config) -> None:
     """Plan, train, score."""
+    one_process("train.sisa")
     command.at_least(0, checkpoint_every=config.checkpoint_every, seed=config.seed, width=config.width)
     config.train.microbatch_of(config.train.batch_size)
     if config.text.text_mode == "pack":
