@@ -21,8 +21,9 @@ from jaxforget.data.sources import Record
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.errors import UserError
-from jaxforget.models import hub
 from jaxforget.launch import one_process
+from jaxforget.models import hub
+from jaxforget.models.sharding import check_members
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run, plain
 from jaxforget.sisa.cost import training_visits
@@ -154,6 +155,8 @@ def plan(config: Config, out: Run) -> None:
             raise UserError(f"two records of --data have the id {record.id!r}; give each one an id of its own")
         seen[record.id] = None
     shard_N, slice_N, shards = deal(config, records)
+    width = min(config.width or shards, shards)
+    check_members(width)
     epoch_schedule(config.train.epochs, config.slices)
     labels = class_names(records, "training text") if config.task == "classification" else ()
     texts = [record for source in config.tokenizer_data for record in read(source, TextConfig())]
@@ -191,7 +194,7 @@ def plan(config: Config, out: Run) -> None:
         task=config.task, labels=labels, shards=shards, slices=config.slices, seed=config.seed,
         widths={name: column.shape[1] for name, column in examples.columns.items() if column.ndim == 2},
         weighting="sequence" if config.task == "classification" else config.weighting,
-        members=config.members, width=min(config.width or shards, shards), trainable=config.trainable, lora=lora,
+        members=config.members, width=width, trainable=config.trainable, lora=lora,
         compute=config.compute, text=config.text, train=config.train, start=base_digest(base),
     )  # fmt: skip
     meta = {"recipe": json.dumps(plain(recipe)), "config": json.dumps(plain(config))}

@@ -177,9 +177,14 @@ def resting(tree: PyTree) -> PyTree:
 
 
 def host(tree: PyTree) -> PyTree:
-    """Fetch a pytree to numpy arrays, parts held by other processes included; all processes must take part."""
+    """Fetch a pytree to numpy arrays, parts held by other processes included; all processes must take part.
+
+    Typed keys stay where they are.
+    """
 
     def fetch(leaf):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
             from jax.experimental import multihost_utils
 
@@ -250,17 +255,22 @@ def apart(function: Callable, mine_K: PyTree, *rest: PyTree) -> Any:
     Nothing can pass between members, whatever the function does with its own. `rest` is the same for all. Raises
     UserError where the members do not divide over the devices.
     """
-    devices = size("member")
-    if devices == 1:
+    if size("member") == 1:
         return function(mine_K, *rest)
-    count = jax.tree.leaves(mine_K)[0].shape[0]
-    if count % devices:
-        raise UserError(f"{count} members do not divide over the {devices} devices of the member axis; train "
-                        f"{count - count % devices + devices} together, or a number that divides")  # fmt: skip
+    check_members(jax.tree.leaves(mine_K)[0].shape[0])
     member, same = PartitionSpec("member"), PartitionSpec()
     return jax.shard_map(
         function, in_specs=(member, *(same,) * len(rest)), out_specs=member, axis_names={"member"}, check_vma=False
     )(mine_K, *rest)
+
+
+def check_members(count: int) -> None:
+    """Raise UserError for a number of members that does not divide over the devices."""
+    devices = size("member")
+    if count % devices:
+        near = [n for n in (count - count % devices, count - count % devices + devices) if n]
+        raise UserError(f"{count} members do not divide over the {devices} devices of the member axis; train "
+                        f"{' or '.join(map(str, near))} together")  # fmt: skip
 
 
 def _name(path) -> str:

@@ -28,6 +28,7 @@ from jaxforget.data.tokens import Examples, concatenate, load_tokenizer
 from jaxforget.errors import RunError, UserError
 from jaxforget.models import hub
 from jaxforget.models.layers import merge
+from jaxforget.models.sharding import check_members, host
 from jaxforget.report.run import from_plain
 from jaxforget.sisa.ledger import Ledger
 from jaxforget.sisa.recipe import Recipe, stage_keys
@@ -148,6 +149,7 @@ class Ensemble:
         Members that lack the same stage train together, `width` in one program. scratch: a store to train everything
         into instead, from nothing. checkpoint_every: steps between checkpoints inside a stage, 0 for none.
         """
+        check_members(self.recipe.width)
         without = set(without)
         store, recipe = scratch or self.store, self.recipe
         keys = self.needed(without)
@@ -211,7 +213,8 @@ class Ensemble:
         """Return the state a stage starts from: the parameters that the stage before left, and a fresh optimizer."""
         state, self._frozen = self.step.init(self.recipe.stage_key(shard, stage), {"model": self._initial})
         key = keys[shard][stage - 1] if stage else None
-        return state if key is None else state._replace(trainable=store.get(key, state.trainable))
+        state = state if key is None else state._replace(trainable=store.get(key, state.trainable))
+        return host(state)  # until all members are put, each on its own devices
 
     def _batches(self, shard: int, stage: int, encoded, without) -> Batches:
         parts = []

@@ -22,8 +22,8 @@ Members = Literal["auto", "map", "vmap"]
 
 
 def stack(trees: Sequence[PyTree]) -> PyTree:
-    """Join K pytrees of one structure: every leaf gains a leading K."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    """Join K pytrees of one structure: every leaf gains a leading K. What is on the host stays there."""
+    return jax.tree.map(lambda *leaves: (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves), *trees)
 
 
 def join_parts(parts_K: Sequence[Parts]) -> tuple[tuple[str, ...], Parts]:
