@@ -12,7 +12,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import tyro
 
@@ -22,6 +21,7 @@ from jaxforget.errors import UserError
 from jaxforget.influence import Method, choose
 from jaxforget.influence.scores import Scores, heat_map, load, measure, rows_of, save
 from jaxforget.influence.study import Study, StudyConfig, read_study
+from jaxforget.models.sharding import host
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
@@ -127,7 +127,7 @@ def trained(config: Config, out: Run, study: Study) -> tuple[Any, dict[str, Any]
 
     def keep(at: int, parts) -> bool:
         if at:
-            save_tree(out.directory / "snapshots" / str(at), jax.tree.map(np.asarray, parts["model"]))
+            save_tree(out.directory / "snapshots" / str(at), host(parts["model"]))
         return False
 
     with command.progress("training on all datasets") as show:

@@ -23,6 +23,7 @@ from jaxforget.debiasing.differences import difference, fixed, gated, layout_of,
 from jaxforget.debiasing.gates import GateConfig, stretched
 from jaxforget.debiasing.objective import RemovalConfig, debiasing, draw_adversaries
 from jaxforget.debiasing.optimizer import grouped, module_groups
+from jaxforget.models.sharding import host
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
@@ -234,7 +235,7 @@ def _train(
     with Checkpoints(checkpoints) if checkpoints else contextlib.nullcontext() as store:
         outcome = fit(lifted._replace(combine=_moving), state, frozen, batches, checkpoints=store, **loop)
     moving_K = outcome.state.trainable
-    both_K = jax.tree.map(np.asarray, (jax.jit(lifted.combine)(frozen, moving_K), moving_K))
+    both_K = host((jax.jit(lifted.combine)(frozen, moving_K), moving_K))
     return [member(both_K, k) for k in range(len(learners))]
 
 

@@ -22,6 +22,7 @@ from jaxforget.debiasing.modules import Module, check_base
 from jaxforget.errors import UserError
 from jaxforget.models.adapters import digest
 from jaxforget.models.model import Params
+from jaxforget.models.sharding import host
 
 
 class Modular:
@@ -40,7 +41,7 @@ class Modular:
         for name, module in modules.items():
             check_base(module, sha256, name)
         self.model, self.modules, self.how, self.rows, self.tell = model, dict(modules), how, rows, tell
-        self._host = jax.tree.map(np.asarray, params)
+        self._host = host(params)
         self.base = jax.tree.map(jnp.asarray, params)
         self._slots: OrderedDict[tuple[str, ...], int] = OrderedDict()  # the one used last stands last
         self._count = slots

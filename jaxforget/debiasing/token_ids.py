@@ -22,6 +22,7 @@ from jaxforget.data.tokens import Examples, right_pad
 from jaxforget.errors import UserError
 from jaxforget.models.hub import read_json
 from jaxforget.models.model import build, family_of
+from jaxforget.models.sharding import resting
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, scratch_config
 
 PAD, START, OTHER = 0, 1, 2  # padding, the first token of every text, and rare ones
@@ -84,7 +85,7 @@ def scratch_tokens(
     model = compute.apply(build(family_of(family).Config.from_hf(raw)))
 
     def draw(seed: int):
-        return jax.tree.map(np.asarray, model.init(jax.random.fold_in(jax.random.key(seed), 1)))
+        return resting(model.init(jax.random.fold_in(jax.random.key(seed), 1)))
 
     return tokens_start(model, draw, vocabulary)
 

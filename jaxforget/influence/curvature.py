@@ -22,6 +22,7 @@ from jaxforget.data.tokens import Examples, concatenate
 from jaxforget.influence import gradients
 from jaxforget.influence.gradients import Point
 from jaxforget.influence.question import Answer, Question
+from jaxforget.models.sharding import host
 from jaxforget.training.step import PyTree
 
 START = 0x41524E  # what the key of Arnoldi's vectors is folded with
@@ -96,7 +97,7 @@ class LiSSA:
                 product_Q = hessian_product(question.objective, at, batch, u_Q, self.microbatch)
                 u_Q, change_Q = _recur(u_Q, v_Q, product_Q, self.damping, scale)
                 change_IQ.append(change_Q)
-            found.append(jax.tree.map(lambda x: np.asarray(x) / scale, u_Q))
+            found.append(jax.tree.map(lambda x: host(x) / scale, u_Q))
             changes.append(np.stack(change_IQ))
         direction_Q = jax.tree.map(lambda *part: np.concatenate(part), *found)
         change_IQ = np.concatenate(changes, axis=1).astype(np.float64)
@@ -169,8 +170,8 @@ class Arnoldi:
         found = []
         for q in range(len(question.queries)):
             wanted_P = jnp.concatenate([leaf[q].reshape(-1) for leaf in jax.tree.leaves(wanted_Q)])
-            weight_I = inverse_II @ np.asarray(_inside(basis_IP, wanted_P), np.float64)
-            found.append(jax.device_get(unravel(_combined(basis_IP, weight_I.astype(basis_IP.dtype)))))
+            weight_I = inverse_II @ np.asarray(host(_inside(basis_IP, wanted_P)), np.float64)
+            found.append(host(unravel(_combined(basis_IP, weight_I.astype(basis_IP.dtype)))))
         negative = int((value_E < 0).sum())
         notes = () if not negative else (
             f"{negative} of {len(value_E)} eigenvalues are negative: the parameters are no minimum of the loss of "

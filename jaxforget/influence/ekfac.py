@@ -28,6 +28,7 @@ from jaxforget.influence import gradients
 from jaxforget.influence.gradients import Point
 from jaxforget.influence.question import Answer, Question
 from jaxforget.models.layers import Tapped
+from jaxforget.models.sharding import host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,12 @@ class EKFAC:
 
     def _divide(self, wanted_Q: np.ndarray, square, basis, kind: Kind, count: int) -> np.ndarray:
         """Return (F + lambda)^-1 g_q for one leaf; 0 where no example has a gradient."""
-        eigenvalue = np.asarray(square, np.float64) / count
+        eigenvalue = np.asarray(host(square), np.float64) / count
         damping = self.damping * eigenvalue.mean(axis=tuple(range(kind.lead, eigenvalue.ndim)), keepdims=True)
         inverse = np.where(damping > 0, 1.0 / np.where(damping > 0, eigenvalue + damping, 1.0), 0.0)
-        turned_Q = np.asarray(_turn(jnp.asarray(wanted_Q), basis)) * inverse[None].astype(wanted_Q.dtype)
+        turned_Q = host(_turn(jnp.asarray(wanted_Q), basis)) * inverse[None].astype(wanted_Q.dtype)
         back = basis and tuple(jnp.swapaxes(one, -1, -2) for one in basis)
-        return np.asarray(_turn(jnp.asarray(turned_Q), back))
+        return host(_turn(jnp.asarray(turned_Q), back))
 
 
 # ----------------------------------------------------------------------------------------------- factors
@@ -158,7 +159,7 @@ def _eigenvectors(factors):
     """Return Q_A and Q_S, or None for a leaf without factors."""
     if factors is None:
         return None
-    return tuple(jnp.asarray(np.linalg.eigh(np.asarray(one, np.float64))[1], one.dtype) for one in factors)
+    return tuple(jnp.asarray(np.linalg.eigh(np.asarray(host(one), np.float64))[1], one.dtype) for one in factors)
 
 
 @functools.cache

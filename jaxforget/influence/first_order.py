@@ -18,6 +18,7 @@ import numpy as np
 from jaxforget.errors import UserError
 from jaxforget.influence import gradients
 from jaxforget.influence.question import Answer, Question
+from jaxforget.models.sharding import host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class GradCos:
         for examples in named.values():
             zero = jax.tree.map(jnp.zeros_like, at.model)
             total, _ = gradients.sweep(_add_units(question.objective), zero, at, examples, self.microbatch)
-            means.append(jax.tree.map(lambda x: np.asarray(x) / len(examples), total))  # noqa: B023
+            means.append(jax.tree.map(lambda x: host(x) / len(examples), total))  # noqa: B023
         return gradients.stack(means)
 
 

@@ -21,6 +21,7 @@ from jaxforget.data.sampling import hash64, order
 from jaxforget.data.tokens import IGNORED, Examples, same_widths
 from jaxforget.errors import UserError
 from jaxforget.influence.question import Answer, Question
+from jaxforget.models.sharding import host
 from jaxforget.training.step import Batch, Objective, Parts, PyTree, scan_first
 
 CHUNK = 16  # microbatches a program call takes
@@ -88,11 +89,11 @@ def sweep(visit: Visit, carry, args, examples: Examples, microbatch: int, chunk:
     for batches_C, count in chunks(examples, microbatch, chunk):
         carry, one = _program(visit)(carry, args, batches_C, count)
         if seen:  # one behind, so that the device always has work
-            seen[-1] = jax.device_get(seen[-1])
+            seen[-1] = host(seen[-1])
         seen.append(one)
 
     def join(*parts):
-        return np.concatenate([np.asarray(p).reshape(-1, *p.shape[2:]) for p in parts])[: len(examples)]
+        return np.concatenate([host(p).reshape(-1, *p.shape[2:]) for p in parts])[: len(examples)]
 
     return carry, jax.tree.map(join, *seen)
 
@@ -147,7 +148,7 @@ def gradient(objective: Objective, at: Point, examples: Examples, microbatch: in
     zero = jax.tree.map(jnp.zeros_like, at.model)
     total, _ = sweep(_add_gradient(objective), zero, at, examples, microbatch)
     scale = 1.0 / float(weights(examples).sum())  # not NumPy's, which would make gradients float64
-    return jax.tree.map(lambda x: np.asarray(x) * scale, total)
+    return jax.tree.map(lambda x: host(x) * scale, total)
 
 
 def gradients(objective: Objective, at: Point, named: Mapping[str, Examples], microbatch: int) -> PyTree:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxforget.data.sampling import hash64
 from jaxforget.data.tokens import IGNORED, Examples
+from jaxforget.models.sharding import host
 from jaxforget.training.ensemble import Members
 from jaxforget.training.step import Objective, PyTree
 
@@ -64,5 +65,5 @@ def set_losses(
     for start in range(0, N, rows):
         chosen = np.arange(start, start + rows).clip(max=N - 1)  # one shape; the tail repeats a row
         pending.append(program(model_K, {name: column[chosen] for name, column in columns.items()}))
-    losses_KN = np.concatenate([np.asarray(part, np.float64) for part in pending], axis=1)[:, :N]
+    losses_KN = np.concatenate([np.asarray(part, np.float64) for part in host(pending)], axis=1)[:, :N]
     return SetLosses(losses_KN, (examples.columns["labels"] != IGNORED).sum(axis=1))

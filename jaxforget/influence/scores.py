@@ -41,7 +41,7 @@ def measure(name: str, method: Method, question: Question) -> Scores:
 
 def peak_memory() -> float:
     """Return the highest use of memory of this process so far, GB: of the accelerator, else of the host."""
-    used = jax.devices()[0].memory_stats() or {}
+    used = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in used:
         return used["peak_bytes_in_use"] / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -26,6 +26,7 @@ from jaxforget.data.sampling import hash64, id_keys
 from jaxforget.data.tokens import Examples, concatenate, same_widths
 from jaxforget.errors import UserError
 from jaxforget.influence.losses import set_losses
+from jaxforget.models.sharding import host
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
@@ -206,7 +207,7 @@ def _group(objective, params, queries, config, training, step, group, batches, d
         if at > seen and keep is not None:
             seen = at
             for m, one in full:
-                keep(one, at, jax.tree.map(np.asarray, member(parts_M["model"], m)))
+                keep(one, at, host(member(parts_M["model"], m)))
         return False
 
     scratch = directory / "checkpoints"

@@ -22,6 +22,7 @@ from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.metrics.language import in_batches
 from jaxforget.metrics.leakage_heads import draw_heads, head_logp
+from jaxforget.models.sharding import host
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
@@ -77,7 +78,7 @@ def _score(model):
 
 def predict(model, params, x_ND: np.ndarray) -> np.ndarray:
     """Return the class that the head of a model gives embeddings, int (N,)."""
-    return np.asarray(_score(model)(params, jnp.asarray(x_ND))).argmax(axis=-1)
+    return host(_score(model)(params, jnp.asarray(x_ND))).argmax(axis=-1)
 
 
 def balanced_accuracy(predicted_N: np.ndarray, true_N: np.ndarray, classes: int) -> float:

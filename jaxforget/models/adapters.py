@@ -23,6 +23,7 @@ from jaxforget.files import new_directory
 from jaxforget.models import hub
 from jaxforget.models.layers import LowRank
 from jaxforget.models.model import Model, Params, family_of
+from jaxforget.models.sharding import host
 
 if TYPE_CHECKING:
     from jaxforget.training.lora import LoraConfig
@@ -61,7 +62,7 @@ def save_adapter(
     tensors = {}
     for key, path, part, layer, transposed, _ in _entries(model, places, adapted, whole, config.rank):
         leaf = getattr(leaves[path], part) if part else leaves[path]
-        array = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]), np.float32)
+        array = np.asarray(host(leaf if layer is None else leaf[layer]), np.float32)
         tensors[key] = np.ascontiguousarray(array.T if transposed else array)
     settings = {
         "peft_type": "LORA",
@@ -106,7 +107,7 @@ def digest(params: Params, *, without: Iterable[str] = ()) -> str:
     for path in sorted(set(leaves) - set(without)):
         leaf = leaves[path].kernel if isinstance(leaves[path], LowRank) else leaves[path]
         total.update(f"{path} {tuple(leaf.shape)}\n".encode())
-        total.update(np.ascontiguousarray(jax.device_get(leaf), np.float32).data)
+        total.update(np.ascontiguousarray(host(leaf), np.float32).data)
     return total.hexdigest()
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxforget.errors import RunError
+from jaxforget.models import sharding
 
 PyTree = Any
 
@@ -20,7 +21,7 @@ def digest(tree: PyTree) -> str:
     """Return the SHA-256 of a pytree of arrays: paths, types, shapes and bytes."""
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        array = np.ascontiguousarray(sharding.host(leaf))
         total.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
         total.update(array.data)
     return total.hexdigest()
@@ -40,14 +41,17 @@ def load_tree(directory: Path, like: PyTree) -> PyTree:
     """Load what `save_tree` wrote, with the shapes of `like`, to the host. Raises RunError for a damaged checkpoint."""
     from orbax.checkpoint import v1 as ocp
 
+    mesh = sharding.current()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if mesh is not None:  # of several processes each gets all of it
+        here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     try:
         tree = ocp.load(Path(directory).absolute(), shapes)
     except Exception as error:
         raise RunError(f"{directory} cannot be read ({_reason(error)})") from error
     # Loaded arrays are committed to their device, and a program compiled for fresh ones would be compiled again.
-    return jax.tree.map(np.asarray, tree)
+    return sharding.host(tree)
 
 
 def _reason(error: Exception) -> str:

@@ -13,6 +13,7 @@ from jaxforget.data.sampling import hash64
 from jaxforget.data.sources import Record
 from jaxforget.data.tokens import IGNORED
 from jaxforget.errors import UserError
+from jaxforget.models.sharding import host
 from jaxforget.unlearning.recipe import Setting
 from jaxforget.unlearning.reference import stored
 
@@ -108,7 +109,7 @@ def _sampled(setting: Setting, records: Sequence[Record], temperature: float, ma
                 key=jax.random.fold_in(jax.random.fold_in(jax.random.key(setting.seed), SAMPLE), n),
                 eos_id=tokenizer.eos_token_id, pad_id=forget.pad_id, wanted_B=np.arange(size + 1) < len(part),
             )  # fmt: skip
-            for i, row in zip(part, np.asarray(drawn_BN), strict=False):
+            for i, row in zip(part, host(drawn_BN), strict=False):
                 text = tokenizer.decode(row[row != forget.pad_id], skip_special_tokens=True).strip()
                 texts[i] = text if text and text != records[i].text.strip() else None
     if None in texts:

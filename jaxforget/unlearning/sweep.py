@@ -17,6 +17,7 @@ import numpy as np
 from jaxforget import checks
 from jaxforget.data.tokens import same_widths
 from jaxforget.models.layers import merge
+from jaxforget.models.sharding import host
 from jaxforget.training.batches import Batches
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
 from jaxforget.training.loop import Outcome, fit
@@ -97,8 +98,8 @@ def sweep(
         given(step, metrics)
 
     def models(parts_K) -> list[Any]:
-        host_K = jax.tree.map(np.asarray, parts_K["model"])
-        return [jax.tree.map(np.asarray, merge(member(host_K, k))) for k in range(len(runs))]
+        host_K = host(parts_K["model"])
+        return [host(merge(member(host_K, k))) for k in range(len(runs))]
 
     def watch(step: int, parts_K) -> bool:
         evaluate(step, models(parts_K))

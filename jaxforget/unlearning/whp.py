@@ -17,10 +17,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
+from jaxforget.models.sharding import host
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
@@ -72,7 +72,7 @@ def reinforced(setting: Setting, epochs: int, learning_rate: float):
         state, frozen = step.init(jax.random.key(setting.seed), {"model": setting.params})
         state = set_schedule(state, learning_rate=learning_rate, total=batches.steps)
         params = step.combine(frozen, fit(step, state, frozen, batches).state.trainable)["model"]
-        return {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(params))}
+        return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(host(params)))}
 
     how = {"epochs": epochs, "learning_rate": learning_rate, "rows": setting.rows, "seed": setting.seed}
     leaves = stored(setting, "reinforced", forget, compute, **how)

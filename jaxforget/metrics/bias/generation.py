@@ -19,6 +19,7 @@ from jaxforget.metrics.bias.scoring import AT_ONCE, width_of
 from jaxforget.metrics.classification import class_logp
 from jaxforget.models import hub
 from jaxforget.models.generate import generate
+from jaxforget.models.sharding import host
 
 Scorer = Callable[[Sequence[str]], np.ndarray]
 
@@ -64,7 +65,7 @@ def continuations(
             new = generate(model, params, tokens, mask, max_new_tokens=max_new_tokens, temperature=temperature,
                            top_p=top_p, key=jax.random.key(seed), eos_id=eos, pad_id=pad_id_of(tokenizer),
                            row_ids=names)  # fmt: skip
-            for (n, s), ids in zip(part, np.asarray(new).tolist(), strict=False):
+            for (n, s), ids in zip(part, host(new).tolist(), strict=False):
                 ids = ids[: ids.index(eos)] if eos in ids else ids
                 texts[n][s] = tokenizer.decode(ids, skip_special_tokens=True)
     return texts
