@@ -259,11 +259,9 @@ def apart(function: Callable, mine_K: PyTree, *rest: PyTree) -> Any:
         return function(mine_K, *rest)
     check_members(jax.tree.leaves(mine_K)[0].shape[0])
     member, same = PartitionSpec("member"), PartitionSpec()
-    others = size(*AXES) > size("member")  # to XLA; without them all is ours, and rounds as on one device
     return jax.shard_map(
-        function, in_specs=(member, *(same,) * len(rest)), out_specs=member, check_vma=False,
-        axis_names={"member"} if others else set(AXES),
-    )(mine_K, *rest)  # fmt: skip
+        function, in_specs=(member, *(same,) * len(rest)), out_specs=member, axis_names={"member"}, check_vma=False
+    )(mine_K, *rest)
 
 
 def check_members(count: int) -> None:

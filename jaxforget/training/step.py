@@ -144,6 +144,11 @@ def make_run(step: Step):
 
 
 def place(step: Step, state: State, frozen: Parts) -> tuple[State, Parts]:
-    """Put what a run works on where the rules of models/sharding.py say."""
+    """Put what a run works on where the rules of models/sharding.py say.
+
+    Raises UserError for members that do not divide over the devices.
+    """
+    if step.own is not None:
+        sharding.check_members(state.step.shape[0])
     frozen = {name: sharding.place(part, lead=name in (step.own or ())) for name, part in frozen.items()}
     return sharding.place(state, lead=step.own is not None), frozen
