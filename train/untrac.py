@@ -21,7 +21,7 @@ from jaxforget.errors import UserError
 from jaxforget.influence import Method, choose
 from jaxforget.influence.scores import Scores, heat_map, load, measure, rows_of, save
 from jaxforget.influence.study import Study, StudyConfig, read_study
-from jaxforget.models.sharding import host
+from jaxforget.models.sharding import check_rows, host
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
@@ -104,6 +104,8 @@ def chosen(config: Config) -> dict[str, Method]:
     preset = [one for make in PRESETS.values() for one in make().settings]
     settings = [one for one in config.settings if one.partition(".")[0] in methods or one not in preset]
     methods = choice.adjust(methods, settings)
+    for method in methods.values():
+        check_rows(getattr(method, "batch_size", 0))
     if "tracin" in methods and not config.snapshots:
         if "all" not in config.methods:
             raise UserError("method tracin needs --snapshots 1 or more, of a model that is trained here")

@@ -23,7 +23,7 @@ from jaxforget.debiasing.differences import difference, fixed, gated, layout_of,
 from jaxforget.debiasing.gates import GateConfig, stretched
 from jaxforget.debiasing.objective import RemovalConfig, debiasing, draw_adversaries
 from jaxforget.debiasing.optimizer import grouped, module_groups
-from jaxforget.models.sharding import host
+from jaxforget.models.sharding import ROWS, host, size
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
@@ -211,8 +211,9 @@ def _train(
     settings = OptimizerConfig(schedule="constant", warmup=0.0, max_grad_norm=config.max_grad_norm)
     optimizer = grouped(groups, settings)
     if slots is None:
-        slots = Slots([Batches((Stream(one.examples, min(config.batch_size, len(one.examples))),), epochs, one.seed)
-                       for one in learners])  # fmt: skip
+        rows = [min(config.batch_size, (n := len(one.examples)) + -n % size(*ROWS)) for one in learners]
+        slots = Slots([Batches((Stream(one.examples, few),), epochs, one.seed)
+                       for one, few in zip(learners, rows, strict=True)])  # fmt: skip
     elif slots.noise is not None:
         optimizer = optax.chain(slots.noise, optimizer)
     step = make_step(objective, trainable, slots.gradient, optimizer)

@@ -24,6 +24,7 @@ from jaxforget.errors import UserError
 from jaxforget.influence.losses import SetLosses, set_losses
 from jaxforget.influence.optimizers import ascent_optimizer
 from jaxforget.influence.question import Answer, Question
+from jaxforget.models.sharding import ROWS, size
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.ensemble import MemberBatches, Members, members
 from jaxforget.training.gradients import mean_gradient
@@ -119,7 +120,7 @@ def _forward(method: UnTrac, question: Question, rates: tuple[float, ...]) -> li
             for examples in question.train.values():
                 drawn = examples.take(order(examples.columns["key"], seed, 0)[: method.limit or None])
                 runs.append(Run(drawn, method.epochs, rate, seed))
-    microbatch = math.gcd(4, method.batch_size) if jax.default_backend() == "cpu" else 0
+    microbatch = math.gcd(4 * size(*ROWS), method.batch_size) if jax.default_backend() == "cpu" else 0
     microbatch = microbatch if method.microbatch is None else method.microbatch
     steps, after = ascend(method, question, runs, method.batch_size, microbatch, method.every, question.queries)
     shape = (len(steps), len(rates), method.orders, len(question.train))
@@ -139,9 +140,10 @@ def _forward(method: UnTrac, question: Question, rates: tuple[float, ...]) -> li
 def _inverse(method: UnTracInv, question: Question, rates: tuple[float, ...]) -> list[Answer]:
     runs = [Run(one, method.steps, rate, question.seed) for rate in rates for one in question.queries.values()]
     rows = max(len(run.examples) for run in runs)
-    microbatch = (4 if jax.default_backend() == "cpu" else 0) if method.microbatch is None else method.microbatch
-    if microbatch:  # rows beyond a query's are filled with weight 0
-        rows = -(-rows // microbatch) * microbatch
+    devices = size(*ROWS)
+    microbatch = 4 * devices if jax.default_backend() == "cpu" else 0
+    microbatch = microbatch if method.microbatch is None else method.microbatch
+    rows += -rows % (microbatch or devices)  # rows beyond a query's are filled with weight 0
     steps, after = ascend(method, question, runs, rows, microbatch, 0, question.train)
     base = question.train_losses
     shape = (len(rates), len(question.queries), -1)

@@ -22,7 +22,7 @@ from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.metrics.language import in_batches
 from jaxforget.metrics.leakage_heads import draw_heads, head_logp
-from jaxforget.models.sharding import host
+from jaxforget.models.sharding import ROWS, host, size
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
@@ -118,15 +118,16 @@ def attack(train: Split, valid: Split, test: Split, classes: int, config: Attack
         raise UserError("an attribute has one value in the training set; there is nothing to tell")
     mean_D, std_D = train.x_ND.mean(axis=0), train.x_ND.std(axis=0) + 1e-6
     train, valid, test = (s._replace(x_ND=(s.x_ND - mean_D) / std_D) for s in (train, valid, test))
-    size, ids = len(train.attribute_N), tuple(map(str, range(len(train.attribute_N))))
+    count, ids = len(train.attribute_N), tuple(map(str, range(len(train.attribute_N))))
     columns = {"x": train.x_ND.astype(np.float32), "attribute": train.attribute_N.astype(np.int32),
-               "length": np.ones(size, np.int32), "key": id_keys(ids)}  # fmt: skip
-    batches = Batches((Stream(Examples(ids, columns), min(config.batch_size, size)),), config.epochs, seed)
+               "length": np.ones(count, np.int32), "key": id_keys(ids)}  # fmt: skip
+    rows = min(config.batch_size, count + -count % size(*ROWS))
+    batches = Batches((Stream(Examples(ids, columns), rows),), config.epochs, seed)
     optimizer = adamw(OptimizerConfig(schedule="constant", warmup=0.0, max_grad_norm=0.0, weight_decay=0.01))
     step = make_step(_losses, subset("heads/.*"), mean_gradient(), optimizer)
     key = jax.random.key(seed)
     parts = {"heads": draw_heads(jax.random.fold_in(key, 1), config.heads, train.x_ND.shape[1], classes),
-             "shares": jnp.maximum(jnp.asarray(count_C / size, jnp.float32), 1.0 / size)}  # fmt: skip
+             "shares": jnp.maximum(jnp.asarray(count_C / count, jnp.float32), 1.0 / count)}  # fmt: skip
     state, frozen = step.init(key, parts)
     state = set_schedule(state, learning_rate=config.learning_rate, total=batches.steps)
     best = (np.inf, 0, None)
