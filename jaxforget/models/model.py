@@ -41,7 +41,7 @@ def build(config, **options) -> Model:
 
 @functools.lru_cache(maxsize=256)
 def functional(module, config):
-    """Split a module class into `init(key) -> params` and `bind(params) -> module`, both pure."""
+    """Split a module class into `init(key) -> params` and `bind(params, dtype of activations) -> module`, both pure."""
 
     count = Draws()
     skeleton = nnx.split(nnx.eval_shape(lambda: module(config, count)))[0]
@@ -50,7 +50,7 @@ def functional(module, config):
         draws = Draws(jax.random.normal(key, (count.used,), jnp.float32))
         return nnx.to_pure_dict(nnx.split(module(config, draws))[1])
 
-    return init, lambda params: nnx.merge(skeleton, gather(params))
+    return init, lambda params, dtype: nnx.merge(skeleton, gather(params, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -155,7 +155,9 @@ class Model:
         if self.config.causal:
             return linear(pooled_BD, params["score"]["kernel"], out_dtype=jnp.float32)
         top = {name: part for name, part in params.items() if name not in self.config.stacks}
-        return functional(family_of(self.config.model_type).Top, self.config)[1](top).finish(pooled_BD[:, None], None)
+        return functional(family_of(self.config.model_type).Top, self.config)[1](top, self.dtype).finish(
+            pooled_BD[:, None], None
+        )
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache of U = `length` positions: {"k", "v"}, each (L, B, U, N, H) in dtype."""
@@ -211,12 +213,12 @@ class Model:
 
     def _run(self, params, tokens_BT, place: Place, *, length, reach: int, cache=None, read_B=None, blocks=None):
         family = family_of(self.config.model_type)
-        top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k != "blocks"})
+        top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k != "blocks"}, self.dtype)
         bind = functional(family.BLOCKS["blocks"], self.config)[1]
         x_BTD, shared = top.start(tokens_BT, place, length, self.dtype)
 
         def body(x_BTD, block_params, layer):
-            return bind(block_params)(x_BTD, shared, place, layer)
+            return bind(block_params, self.dtype)(x_BTD, shared, place, layer)
 
         layers_L = {"cache": cache, "window": self._windows(reach), "scale": self.config.scales}
         if layers_L["scale"] is not None:

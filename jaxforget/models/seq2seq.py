@@ -52,7 +52,7 @@ class Seq2Seq(Model):
         x_BTD, shared = top.start(tokens_BT, place, T, self.dtype)
 
         def body(x_BTD, block_params, layer):
-            return bind(block_params)(x_BTD, shared, place, layer)
+            return bind(block_params, self.dtype)(x_BTD, shared, place, layer)
 
         x_BTD, _ = self._blocks(body, x_BTD, params["encoder"], {"cache": None, **_PLAIN})
         return top.finish(x_BTD, place)
@@ -75,7 +75,7 @@ class Seq2Seq(Model):
         bind = self._modules(params, "decoder")[1]
 
         def read(x_BUD, block_params, _):
-            return x_BUD, bind(block_params).read(x_BUD)
+            return x_BUD, bind(block_params, self.dtype).read(x_BUD)
 
         _, source_L = self._blocks(read, source_BUD, params["decoder"], None)
         cache = self.init_cache(B, 1 + new) | {"source": source_L, "lengths": lengths_B}
@@ -110,7 +110,7 @@ class Seq2Seq(Model):
         mask_B1U = None if lengths_B is None else key_mask(lengths_B, slots)
 
         def body(x_BTD, block_params, layer):
-            block = bind(block_params)
+            block = bind(block_params, self.dtype)
             read = layer["source"] or block.read(source_BUD)
             return block(x_BTD, shared, place, layer, {**read, "mask": mask_B1U})
 
@@ -125,7 +125,7 @@ class Seq2Seq(Model):
     def _modules(self, params, stack: str):
         """Return what surrounds the blocks, and the function that binds parameters to a block of this stack."""
         family, stacks = family_of(self.config.model_type), self.config.stacks
-        top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k not in stacks})
+        top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k not in stacks}, self.dtype)
         return top, functional(family.BLOCKS[stack], self.config)[1]
 
     def _blocks(self, body, x, params_L, layers_L):

@@ -12,6 +12,7 @@ order of sums.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -203,20 +204,35 @@ def pin(tree: PyTree, lead: int = 0) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, x: pinned(x, spec_of(_name(path), x.shape, lead)), tree)
 
 
-def gather(params: PyTree) -> PyTree:
+def gather(params: PyTree, dtype: str) -> PyTree:
     """Join over fsdp the parameters that a block is about to use, where a program is traced.
 
     Without it XLA would rather cut the activations as the parameters are. Their parts are kept for the backward pass,
-    not the whole: see `all_but_forms`.
+    not the whole: see `all_but_forms`. Kernels travel in the dtype of the activations, as which a product reads them.
     """
     if size("fsdp") == 1:
         return params
 
     def whole(path, leaf):
-        spec = (None if axis == "fsdp" else axis for axis in spec_of(_name(path), leaf.shape))
-        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(*spec))
+        name = _name(path)
+        cut = spec_of(name, leaf.shape)
+        if re.search(r"(^|/)kernel(/kernel|/value)?$", name):
+            leaf = jax.lax.with_sharding_constraint(leaf.astype(dtype), cut)
+        return _join(cut, PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut)), leaf)
 
     return jax.tree_util.tree_map_with_path(whole, params)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _join(cut: PartitionSpec, whole: PartitionSpec, leaf):
+    return jax.lax.with_sharding_constraint(leaf, whole)
+
+
+@_join.defjvp
+def _join_jvp(cut, whole, leaves, tangents):
+    # Cut as the parameter is, and so is the gradient: it is summed where it belongs and nowhere held whole.
+    # Not by _join, of whose result all_but_forms could not tell that it is a form.
+    return jax.lax.with_sharding_constraint(*leaves, whole), jax.lax.with_sharding_constraint(*tangents, cut)
 
 
 def all_but_forms(primitive, *_, **__) -> bool:
