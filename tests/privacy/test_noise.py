@@ -1,9 +1,5 @@
 """Noise that is correlated over steps, and one draw for all devices."""
 
-import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -64,48 +60,3 @@ def test_a_unit_that_keeps_apart_is_hidden_as_by_one_release_a_visit():
     close = np.zeros((STEPS, 1))
     close[:2] = 1
     assert np.linalg.norm(matrix(BANDS) @ close) > 2**0.5  # which is why the sampler keeps visits apart
-
-
-DEVICES = """
-import jax, jax.numpy as jnp, numpy as np, optax
-from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxforget.models import gpt2
-from jaxforget.models.model import build
-from jaxforget.privacy.clipping import Clipping
-from jaxforget.privacy.noise import gaussian_noise, private_gradient, set_privacy
-from jaxforget.training.objectives import next_token
-from jaxforget.training.step import make_step
-from jaxforget.training.trainable import everything
-
-model = build(gpt2.Config(vocab_size=31, n_positions=12, n_embd=8, n_layer=2, n_head=2))
-tokens = jax.random.randint(jax.random.key(1), (16, 9), 1, 31)
-batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "weight": jnp.ones(16), "factor": jnp.ones(16)}
-mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-for name in ("vmap", "ghost", "bookkeep"):
-    gradient = private_gradient(Clipping(name), 16.0)
-    step = make_step(next_token(model), everything(), gradient, optax.chain(gaussian_noise(), optax.sgd(1.0)))
-    state, frozen = step.init(jax.random.key(0), {"model": model.init(jax.random.key(0))})
-    state = set_privacy(state, bound=0.1, multiplier=1.0)
-    on = NamedSharding(mesh, P("data"))
-    spread = {key: jax.device_put(value, on) for key, value in batch.items()}
-    everywhere = jax.device_put(state, NamedSharding(mesh, P()))
-    alone, report = jax.jit(step.update)(state, frozen, batch)
-    program = jax.jit(step.update, out_shardings=(NamedSharding(mesh, P()), None)).lower(everywhere, frozen, spread)
-    compiled = program.compile()
-    shared, said = compiled(everywhere, frozen, spread)
-    far = max(float(jnp.max(jnp.abs(np.asarray(a) - np.asarray(b))))
-              for a, b in zip(jax.tree.leaves(alone.trainable), jax.tree.leaves(shared.trainable)))
-    assert "all-reduce" in compiled.as_text() and said["units"] == report["units"] == 16
-    print(name, far)
-"""
-
-
-@pytest.mark.slow
-def test_eight_devices_make_the_step_of_one():
-    """Each clips its own units, and one draw of noise is added to their sum."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment)
-    done = run([sys.executable, "-c", DEVICES])
-    assert done.returncode == 0, done.stderr
-    far = {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
-    assert set(far) == {"vmap", "ghost", "bookkeep"} and max(far.values()) < 1e-6
