@@ -23,7 +23,7 @@ from jaxforget.models import hub
 
 FLAGS = ("--preset", "smoke", "--checkpoint-every", 3, "--corpus.general-records", 20, "--epochs", 2)
 STOPPED = "error: another process of this run has stopped; start all of them again with --resume"
-# A sum over two devices is of another order, and AdamW divides by roots of small numbers: 2e-7 was seen, of weights 2e-6.
+# A sum over two devices is of another order, and AdamW divides by roots of small numbers: 2e-7 seen, of weights 2e-6.
 CLOSE = {"rtol": 1e-5, "atol": 0}
 
 
