@@ -217,8 +217,11 @@ def ascend(
     groups: list[dict[str, list[np.ndarray]]] = []
     for first in range(0, len(runs), width):
         group = slice(first, first + width)
-        states, frozen = lifted.init([jax.random.key(run.seed) for run in runs[group]], parts)
-        rates = [run.rate for run in runs[group]]
+        count = len(runs[group])
+        idle = -count % size("member")  # members that fill the devices and do nothing
+        filled = [*runs[group], *[runs[first]] * idle]
+        states, frozen = lifted.init([jax.random.key(run.seed) for run in filled], parts)
+        rates = [run.rate for run in filled]
         states = set_schedule(states, learning_rate=rates, total=[1.0] * len(rates))
         seen: dict[int, dict[str, SetLosses]] = {}
 
@@ -231,13 +234,14 @@ def ascend(
             return False
 
         outcome = fit(
-            lifted, states, frozen, MemberBatches(tuple(batches[group])), chunk=16 if rows < 16 else 1, finite=False,
-            evaluate_every=every, evaluate=look,
+            lifted, states, frozen, MemberBatches((*batches[group], *[None] * idle)), chunk=16 if rows < 16 else 1,
+            finite=False, evaluate_every=every, evaluate=look,
         )  # fmt: skip
         if outcome.steps not in seen:
             look(outcome.steps, lifted.combine(frozen, outcome.state.trainable))
         ends = [seen[min(stop, outcome.steps)] for stop in stops]
-        groups.append({name: [end[name] for end in ends] for name in watched})
+        groups.append({name: [end[name]._replace(losses_KN=end[name].losses_KN[:count]) for end in ends]
+                       for name in watched})  # fmt: skip
     return stops, {
         name: SetLosses(
             np.stack([np.concatenate([group[name][s].losses_KN for group in groups]) for s in range(len(stops))]),
