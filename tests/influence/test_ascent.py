@@ -13,6 +13,7 @@ from jaxforget.errors import UserError
 from jaxforget.influence.losses import set_losses
 from jaxforget.influence.optimizers import SCALINGS
 from jaxforget.influence.untrac import UnTrac, UnTracInv, answers
+from jaxforget.models.sharding import make_mesh
 from jaxforget.training.objectives import next_token, next_token_with_kl
 
 golden = pytest.mark.skipif(GOLDEN is None, reason="the golden file is not beside the checkout")
@@ -133,6 +134,17 @@ def test_members_are_what_they_are_alone():
     np.testing.assert_allclose(np.mean(turns, axis=0), both[0].scores_KQ, atol=1e-6)
     assert np.abs(turns[0] - turns[1]).max() > 1e-5  # the order does matter
     assert both[0].curves["step"].tolist() == [3, 6, 8]
+
+
+@pytest.mark.mesh
+def test_idle_members_fill_the_devices():
+    question = toy_question()
+    assert len(question.train) % 4  # or nobody would be idle
+    for method in (UnTrac(learning_rate=3e-3), UnTracInv(learning_rate=3e-3)):
+        alone = method.answer(question)
+        with jax.set_mesh(make_mesh("member=4")):
+            found = method.answer(question)
+        np.testing.assert_allclose(found.scores_KQ, alone.scores_KQ, atol=1e-6)
 
 
 def test_inverse_members_are_what_they_are_alone():
