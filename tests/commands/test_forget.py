@@ -106,7 +106,7 @@ BOUNDARIES = {
     "all is trained": ("before", ADVANCE, 2, "planned"),
     "retrained": ("after", ADVANCE, 2, "retrained"),
     "old stages left the ledger": ("after", "jaxforget.sisa.ledger:Ledger.drop_stages", 1, "retrained"),
-    "some old checkpoints are erased": ("after", "jaxforget.sisa.store:remove", 2, "retrained"),
+    "some old checkpoints are erased": ("after", "jaxforget.files:remove", 4, "retrained"),
     "before a member is replaced": ("before", f"{EXPORT}:save", 1, "retrained"),
     "a member is half written": ("after", f"{EXPORT}:_write_files", 1, "retrained"),
     "a member is replaced": ("after", f"{EXPORT}:save", 1, "retrained"),
