@@ -37,7 +37,8 @@ def pytest_pyfunc_call(pyfuncitem):
     """Let a process with 8 devices run tests marked `mesh`: where there are more than cores, sums are cut otherwise."""
     if "mesh" not in pyfuncitem.keywords or jax.config.jax_num_cpu_devices == 8:
         return None
-    together = [item.nodeid for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
+    together = [item.nodeid for item in pyfuncitem.session.items
+                if item.path == pyfuncitem.path and "mesh" in item.keywords]  # fmt: skip
     found = _elsewhere(tuple(together))[pyfuncitem.name]
     if (told := found.find("skipped")) is not None:
         pytest.skip(told.get("message"))

@@ -53,6 +53,7 @@ def test_one_device_holds_everything(in_process, tiny):
     assert lora["peak_gb"] < plain["peak_gb"] < kl["peak_gb"]
 
 
+@pytest.mark.slow
 def test_what_meshes_hold_and_send(tmp_path, tiny):
     meshes = ("data=4", "fsdp=4", "tensor=4")
     running.run("benchmarks.memory", "--model-config", tiny, *FLAGS, "--methods", "plain", "sisa", "--meshes", *meshes,
