@@ -8,7 +8,7 @@ Adding or removing one unit changes g by at most `sensitivity`. Sources: arXiv 1
 ESTIMATORS, all with the same result:
 
     vmap      differentiate every unit by itself: any model and objective, U x parameters floats
-    ghost     norms from one backward pass, the sum from a second: the least memory, and remat saves more
+    ghost     norms from one backward pass, the sum from a second: keeps no factors, which counts over many devices
     bookkeep  norms and sum from one backward pass, whose factors are kept: the fastest
 
 Shapes: B rows, U units of k rows that stand together, G groups of leaves.

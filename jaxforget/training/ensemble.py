@@ -35,7 +35,7 @@ def join_parts(parts_K: Sequence[Parts]) -> tuple[tuple[str, ...], Parts]:
     own = tuple(name for name, part in first.items() if any(parts[name] is not part for parts in parts_K))
     shared = {name: part for name, part in first.items() if name not in own}
     # A part under two names, such as a model that is its own reference, is one copy on the device.
-    device = {key: jax.tree.map(jnp.asarray, part) for key, part in {id(one): one for one in shared.values()}.items()}
+    device = {key: sharding.place(part) for key, part in {id(one): one for one in shared.values()}.items()}
     stacked = {name: stack([parts[name] for parts in parts_K]) for name in own}
     return own, {name: device[id(part)] for name, part in shared.items()} | stacked
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget.models.sharding import host, place
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import next_token
@@ -41,11 +42,12 @@ def salient(setting: Setting, patterns: tuple[str, ...], density: float) -> Trai
     def compute():
         batches = Batches((Stream(forget, setting.rows),), 1, setting.seed, "token")
         add = _adding(setting.model, setting.microbatch)
-        total = jax.tree.map(jnp.zeros_like, setting.params)
+        params = place(setting.params)  # once, not in every step
+        total = jax.tree.map(jnp.zeros_like, params)
         for step in range(batches.steps):
             batch = {name: column[0] for name, column in batches.take(step, step + 1, 1).items()}
-            total = add(total, setting.params, batch)
-        return {"place": prune(layout.join(total), density).astype(np.uint32)}
+            total = add(total, params, batch)
+        return {"place": prune(layout.join(host(total)), density).astype(np.uint32)}
 
     found = stored(setting, "places", forget, compute, density=density, paths=layout.paths)
     return sparse_difference(layout, found["place"])
