@@ -23,7 +23,6 @@ from jaxforget.errors import UserError
 from jaxforget.fairness.groups import groups_of
 from jaxforget.fairness.predictor import METHODS, save
 from jaxforget.fairness.study import Votes, compare
-from jaxforget.launch import one_process
 from jaxforget.metrics.classification import class_logp
 from jaxforget.report.page import figure, table, write_page
 from jaxforget.report.run import Run
@@ -78,7 +77,6 @@ TERMINAL = (*FIELDS[:6], *FIELDS[8:11])
 
 def run(config: Config) -> None:
     """Vote, fit, compare."""
-    one_process("eval.fairness")
     for name in ("ensemble", "fit", "test", "groups"):
         if getattr(config, name) is None:
             raise UserError(f"--{name} is missing; see --help")

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from jaxforget.errors import UserError
+import numpy as np
+
+from jaxforget.errors import RunError, UserError
+
+T = TypeVar("T")
 
 
 def leads() -> bool:
@@ -32,6 +38,33 @@ def wait_for_all() -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices("files")
+
+
+def through_first(act: Callable[[], T]) -> T:
+    """Let the first process act. All get what it returns, or the UserError or RunError it raises.
+
+    For what may look otherwise from another process: a database, a lock, what lies in a directory. `act` must not wait
+    for the others.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return act()
+    from jax.experimental import multihost_utils
+
+    told = b""
+    if leads():
+        try:
+            told = pickle.dumps((act(), None))
+        except (UserError, RunError) as error:
+            told = pickle.dumps((None, error))
+    # Lengths first: what is sent must have one shape everywhere.
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    padded = np.frombuffer(told.ljust(length, b"\0"), np.uint8)
+    value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if error is not None:
+        raise error
+    return value
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

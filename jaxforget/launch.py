@@ -145,13 +145,6 @@ def joined() -> bool:
     return jax.distributed.is_initialized()
 
 
-def one_process(command: str) -> None:
-    """Raise UserError in several processes: of a command that reads and writes the ledger of an ensemble."""
-    if joined():
-        raise UserError(f"{command} works on an ensemble's ledger and runs in one process, without --coordinator; "
-                        "--mesh member=N spreads the members over its devices")  # fmt: skip
-
-
 def leave(code: int) -> NoReturn:
     """End this process after an error. Of several it does not wait for the others, as Python's exit would."""
     if not joined():

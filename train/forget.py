@@ -14,7 +14,6 @@ from pathlib import Path
 from jaxforget import command
 from jaxforget.data.text import read
 from jaxforget.errors import RunError, UserError
-from jaxforget.launch import one_process
 from jaxforget.report.page import table, write_page
 from jaxforget.report.run import Run
 from jaxforget.sisa.deletion import ask, same_environment, serve, verify
@@ -58,7 +57,6 @@ FIELDS = ("name", "state", "records", "shards", "stages_retrained", "examples_re
 
 def run(config: Config) -> None:
     """Accept, serve, report."""
-    one_process("train.forget")
     if config.ensemble is None:
         raise UserError("--ensemble is missing; give the directory that train.sisa made")
     if not (config.id or config.ids or config.status or config.verify or config.resume):

@@ -21,7 +21,6 @@ from jaxforget.data.sources import Record
 from jaxforget.data.tasks import class_names
 from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.errors import UserError
-from jaxforget.launch import one_process
 from jaxforget.models import hub
 from jaxforget.models.sharding import check_members
 from jaxforget.report.page import figure, table, write_page
@@ -118,7 +117,6 @@ def fields_of(task: str) -> tuple[str, ...]:
 
 def run(config: Config) -> None:
     """Plan, train, score."""
-    one_process("train.sisa")
     command.at_least(0, checkpoint_every=config.checkpoint_every, seed=config.seed, width=config.width)
     config.train.microbatch_of(config.train.batch_size)
     if config.text.text_mode == "pack":
@@ -128,7 +126,7 @@ def run(config: Config) -> None:
         text = dataclasses.replace(text, label_field="label")
     config = dataclasses.replace(config, text=text)
     out = Run("train.sisa", config, config.out, config.resume)
-    if not (out.directory / NAME).exists():
+    if not files.through_first((out.directory / NAME).exists):
         plan(config, out)
     with Ensemble(out.directory) as ensemble, locked(out.directory, wait=True, tell=command.say):
         with command.progress("training") as show:

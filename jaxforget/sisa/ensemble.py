@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxforget import files
@@ -55,17 +54,21 @@ class Trained(NamedTuple):
 
 @contextmanager
 def locked(directory: Path, wait: bool, tell: Callable[[str], None]):
-    """Keep other processes from training in this directory. The lock goes with the process, however that ends."""
+    """Keep other runs from training in this directory. The lock goes with the (first) process, however that ends."""
     import filelock
 
     lock = filelock.FileLock(Path(directory) / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        if not wait:
-            raise UserError(f"{directory} is in use by another process; try again when it is done") from None
-        tell(f"another process works on {directory}; waiting for it")
-        lock.acquire()
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if not wait:
+                raise UserError(f"{directory} is in use by another process; try again when it is done") from None
+            tell(f"another process works on {directory}; waiting for it")
+            lock.acquire()
+
+    files.through_first(acquire)
     try:
         yield
     finally:
@@ -261,7 +264,7 @@ class Ensemble:
         key = self.final_keys()[shard]
         state, frozen = self.step.init(self.recipe.stage_key(shard, 0), {"model": self._initial})
         moving = self.store.get(key, state.trainable)
-        return jax.tree.map(np.asarray, merge(self.step.combine(frozen, moving)["model"]))
+        return host(merge(self.step.combine(frozen, moving)["model"]))
 
     def weights(self, by: str = "equal") -> np.ndarray:
         """Return the weight of every taking-part member: 1 each, or its share of the surviving examples.
@@ -277,13 +280,16 @@ class Ensemble:
         final, root = self.final_keys(), self.directory / "members"
         root.mkdir(exist_ok=True)
         wanted = {f"shard-{shard}": (shard, key) for shard, key in final.items()}
-        for path in root.iterdir():  # of emptied shards, and what a kill left half-written
-            if path.name not in wanted:
-                files.remove(path)
-        for name, (shard, key) in wanted.items():
-            note = root / name / "stage.json"
-            if note.exists() and json.loads(note.read_text())["key"] == key:
-                continue
+        # Of emptied shards, and what a kill left half-written.
+        files.remove(*(path for path in root.iterdir() if path.name not in wanted))
+
+        def stale() -> set[str]:
+            notes = {name: root / name / "stage.json" for name in wanted}
+            return {name for name, note in notes.items()
+                    if not (note.exists() and json.loads(note.read_text())["key"] == wanted[name][1])}  # fmt: skip
+
+        for name in sorted(files.through_first(stale)):
+            shard, key = wanted[name]
             params = self.params(shard)
             files.remove(root / name)
             about = json.dumps({"shard": shard, "key": key}) + "\n"

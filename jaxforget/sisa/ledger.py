@@ -3,6 +3,9 @@
 One SQLite file. Every change is a transaction, so a kill leaves the state before or after it. Deleted rows are
 overwritten with zeros (secure_delete), and no write-ahead log keeps old pages. That leaves copies of rows which SQLite
 once moved to another page, so `compact` writes the file anew before a request is committed.
+
+Of several processes the first alone has the file open, and tells the others what it read. All must call the same
+methods.
 """
 
 from __future__ import annotations
@@ -13,16 +16,18 @@ import os
 import sqlite3
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxforget import files
 from jaxforget.data.sources import Record, content_id
 from jaxforget.errors import RunError, UserError
 
+T = TypeVar("T")
 NAME = "ledger.sqlite"
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -85,9 +90,13 @@ class Ledger:
     """An open ledger; a context manager. A class, to close the file."""
 
     def __init__(self, directory: Path):
-        self.path = Path(directory) / NAME
+        self.path, self._db = Path(directory) / NAME, None
+        files.through_first(self._open)
+
+    def _open(self) -> None:
         if not self.path.is_file():
-            raise UserError(f"{directory} is not an ensemble: it has no {NAME}; make one with python -m train.sisa")
+            raise UserError(f"{self.path.parent} is not an ensemble: it has no {NAME}; make one with python -m "
+                            "train.sisa")  # fmt: skip
         # Autocommit: transactions are written out below. The timeout covers another process's short transaction.
         self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         try:
@@ -100,52 +109,69 @@ class Ledger:
     @staticmethod
     def create(directory: Path, meta: dict[str, str], rows: Iterable[Row]) -> None:
         """Write a new ledger; it appears complete or not at all."""
-        temporary = Path(directory) / f".{NAME}"
-        temporary.unlink(missing_ok=True)
-        try:
-            with closing(sqlite3.connect(temporary)) as db, db:
-                db.executescript(SCHEMA)
-                db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-                db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", map(_values, rows))
-        except sqlite3.OperationalError as error:
+        path, temporary = Path(directory) / NAME, Path(directory) / f".{NAME}"
+
+        def write() -> None:
             temporary.unlink(missing_ok=True)
-            raise RunError(f"{Path(directory) / NAME} cannot be written ({error}); run again with --resume") from None
-        os.replace(temporary, Path(directory) / NAME)
+            try:
+                with closing(sqlite3.connect(temporary)) as db, db:
+                    db.executescript(SCHEMA)
+                    db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+                    db.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", map(_values, rows))
+            except sqlite3.OperationalError as error:
+                temporary.unlink(missing_ok=True)
+                raise RunError(f"{path} cannot be written ({error}); run again with --resume") from None
+            os.replace(temporary, path)
+
+        files.through_first(write)
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *error) -> None:
-        self._db.close()
+        if self._db is not None:
+            self._db.close()
 
-    @contextmanager
-    def _change(self):
-        """One transaction that keeps other writers out from its beginning."""
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
+    def _change(self, write: Callable[[sqlite3.Connection], T]) -> T:
+        """Make changes in one transaction that keeps other writers out from its beginning."""
+
+        def transaction() -> T:
             try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise RunError(f"{self.path} cannot be written ({error}); what it holds is unchanged") from None
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    result = write(self._db)
+                    self._db.execute("COMMIT")
+                    return result
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise RunError(f"{self.path} cannot be written ({error}); what it holds is unchanged") from None
+
+        return files.through_first(transaction)
 
     def _read(self, query: str, values: Sequence = ()) -> Iterator[tuple]:
         """Query. Raises RunError where the file is damaged."""
-        try:
-            yield from self._db.execute(query, values)
-        except sqlite3.Error as error:
-            raise RunError(f"{self.path} cannot be read ({error})") from None
+
+        def rows() -> list[tuple]:
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise RunError(f"{self.path} cannot be read ({error})") from None
+
+        return iter(files.through_first(rows))
 
     def compact(self) -> None:
         """Write the file anew from the rows that are there. Call it after `advance` has forgotten some."""
-        try:
-            self._db.execute("VACUUM")
-        except sqlite3.Error as error:
-            raise RunError(f"{self.path} cannot be written anew ({error}); run again with --resume") from None
+
+        def anew() -> None:
+            try:
+                self._db.execute("VACUUM")
+            except sqlite3.Error as error:
+                raise RunError(f"{self.path} cannot be written anew ({error}); run again with --resume") from None
+
+        files.through_first(anew)
 
     def meta(self, name: str) -> str:
         """Return a setting stored at creation."""
@@ -211,10 +237,13 @@ class Ledger:
 
     def receive(self, ids: Sequence[str]) -> int:
         """Accept a request: from here on it is never lost. Returns its number."""
-        with self._change() as db:
+
+        def write(db) -> int:
             number = db.execute("INSERT INTO requests (state, received) VALUES (?, ?)", (RECEIVED, now())).lastrowid
             db.executemany("INSERT INTO request_ids VALUES (?, ?)", ((number, identity) for identity in ids))
-        return number
+            return number
+
+        return self._change(write)
 
     def requests(self, *states: str) -> list[dict[str, Any]]:
         """Return request, state, received, ids (empty once deleted) and receipt of requests in these states, or all."""
@@ -228,7 +257,8 @@ class Ledger:
 
     def advance(self, numbers: Sequence[int], state: str, receipts: Sequence[dict], *, forget: bool = False) -> None:
         """Move requests to a state with their receipts. forget: their records and plain ids go in the same act."""
-        with self._change() as db:
+
+        def write(db) -> None:
             for number, receipt in zip(numbers, receipts, strict=True):
                 db.execute(
                     "UPDATE requests SET state = ?, receipt = ? WHERE request = ?", (state, json.dumps(receipt), number)
@@ -241,6 +271,8 @@ class Ledger:
                     db.executemany("DELETE FROM records WHERE id = ?", ((one,) for one in ids))
                     db.execute("DELETE FROM request_ids WHERE request = ?", (number,))
 
+        self._change(write)
+
     # stages
 
     def stages(self) -> dict[str, dict[str, Any]]:
@@ -251,13 +283,19 @@ class Ledger:
 
     def add_stages(self, rows: Sequence[tuple[str, int, int, str, int, int]]) -> None:
         """Record stages whose checkpoints are complete: key, shard, stage, digest, steps, visits of each."""
-        with self._change() as db:
+
+        def write(db) -> None:
             db.executemany("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+        self._change(write)
 
     def drop_stages(self, keys: Iterable[str]) -> None:
         """Forget stages whose checkpoints are gone or damaged."""
-        with self._change() as db:
+
+        def write(db) -> None:
             db.executemany("DELETE FROM stages WHERE key = ?", ((key,) for key in keys))
+
+        self._change(write)
 
 
 def _values(row: Row) -> tuple:

@@ -37,7 +37,8 @@ class Store:
 
     def have(self) -> set[str]:
         """Return the keys of the stages that are there."""
-        return {key for key in self.ledger.stages() if self._path(key).is_dir()}
+        stages = self.ledger.stages()
+        return files.through_first(lambda: {key for key in stages if self._path(key).is_dir()})
 
     def put(self, stages: Iterable[Finished]) -> None:
         """Keep the parameters of the stages that one program trained: of all or, killed before the end, of none.
@@ -78,9 +79,7 @@ class Store:
         keys = set(keys)
         self.ledger.drop_stages([key for key in self.ledger.stages() if key not in keys])
         kept = {self._path(key).name for key in keys}
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if path.name not in kept:
-                files.remove(path)
+        files.remove(*(path for path in self.directory.glob("*") if path.name not in kept))
 
 
 class Scratch:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import socket
 import time
@@ -13,13 +14,10 @@ import pytest
 import running
 import shards
 
-import eval.fairness
-import train.forget
 import train.lm
-import train.sisa
 from jaxforget import command
-from jaxforget.errors import UserError
 from jaxforget.models import hub
+from jaxforget.sisa.ledger import Ledger
 
 FLAGS = ("--preset", "smoke", "--checkpoint-every", 3, "--corpus.general-records", 20, "--epochs", 2)
 STOPPED = "error: another process of this run has stopped; start all of them again with --resume"
@@ -125,13 +123,6 @@ def test_variables_stand_for_flags(in_process, tmp_path, capsys, monkeypatch):
     assert "--process-id is 4; it must be from 0 to --processes - 1, which is 3" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", (train.sisa, train.forget, eval.fairness))
-def test_a_ledger_has_one_process(monkeypatch, module):
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    with pytest.raises(UserError, match="runs in one process"):
-        module.run(module.Config())
-
-
 def test_two_processes_are_as_one(tmp_path, alone):
     said = run("train.lm", *FLAGS, "--out", tmp_path / "out", mesh="fsdp=2")
     assert_close(tmp_path / "out", alone)
@@ -193,6 +184,69 @@ def test_an_error_in_one_ends_both(tmp_path, number):
     assert said[number].rstrip().endswith("error: this process cannot read its model")
     assert said[1 - number].rstrip().endswith(STOPPED)
     assert not (tmp_path / "out").exists()
+
+
+def stages(directory):
+    """Return what the ledger of an ensemble says of its stages."""
+    with Ledger(directory) as ledger:
+        return ledger.stages()
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_two_processes(tmp_path):
+    """Members on a device of each process, and a record deleted from them: bit for bit as in one process."""
+    flags = ("--preset", "smoke", "--shards", 4, "--layers", "scan")
+    one, two_of_them = tmp_path / "one", tmp_path / "two"
+    running.run("train.sisa", *flags, "--out", one)
+    run("train.sisa", *flags, "--out", two_of_them, mesh="member=2")
+    assert stages(one) == stages(two_of_them) and len(stages(one)) == 8
+    assert running.results(one)["results"] == running.results(two_of_them)["results"]
+
+    with Ledger(one) as ledger:
+        identity = ledger.records(1, 0)[0].record.id
+    running.run("train.forget", "--ensemble", one, "--id", identity, "--out", tmp_path / "deleted")
+    forget = ("--ensemble", two_of_them, "--out")
+    run("train.forget", *forget, tmp_path / "verified", "--id", identity, "--verify", mesh="member=2")
+    assert running.results(tmp_path / "verified")["results"][-1]["stages_different"] == 0
+    assert stages(one) == stages(two_of_them)
+    with Ledger(two_of_them) as ledger:
+        assert ledger.deleted_by(identity) == 1 and [r["state"] for r in ledger.requests()] == ["committed"]
+    assert running.files(one / "members").keys() == running.files(two_of_them / "members").keys()
+
+    with two("train.forget", *forget, tmp_path / "wrong", "--id", "nobody", mesh="member=2") as processes:
+        codes, said = ended(processes)
+    assert codes == [2, 2] and all("1 of 1 ids are not in the ensemble" in text for text in said)
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", (0, 1))
+def test_a_deletion_outlives_the_death_of_a_process(tmp_path, victim):
+    """Once a request is written down, it is served by whoever resumes, in however many processes."""
+    flags = ("--preset", "smoke", "--shards", 2, "--layers", "scan")
+    one, both = tmp_path / "one", tmp_path / "both"
+    running.run("train.sisa", *flags, "--out", one)
+    shutil.copytree(one, both)
+    with Ledger(one) as ledger:
+        identity = ledger.records(0, 0)[0].record.id
+    running.run("train.forget", "--ensemble", one, "--id", identity, "--out", tmp_path / "first")
+    forget = ("--ensemble", both, "--id", identity, "--out", tmp_path / "killed")
+    with two("train.forget", *forget, mesh="member=2") as processes, Ledger(both) as ledger:
+        while not ledger.requests():
+            assert processes[0].poll() is processes[1].poll() is None, "\n".join(ended(processes)[1])
+            time.sleep(0.01)
+        os.killpg(processes[victim].pid, signal.SIGKILL)
+        codes, said = ended(processes, seconds=90)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1, said
+    assert "Traceback" not in said[1 - victim]
+    again = ("--ensemble", both, "--resume", "--out", tmp_path / "again")
+    if victim:
+        running.run("train.forget", *again)
+    else:
+        run("train.forget", *again, mesh="member=2")
+    assert stages(one) == stages(both)
+    with Ledger(both) as ledger:
+        assert [request["state"] for request in ledger.requests()] == ["committed"]
 
 
 @pytest.mark.slow

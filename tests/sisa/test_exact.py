@@ -7,6 +7,8 @@ ensemble with the same places. Stages are named (shard, slice).
 import dataclasses
 import hashlib
 import shutil
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -502,7 +504,7 @@ def test_the_reference_depends_on_each_of_its_records(trained, tmp_path):
 
 def test_verify_finds_a_stage_that_was_trained_on_something_else(trained, tmp_path):
     with trained(tmp_path / "ensemble", HOW[0]) as ensemble:
-        with ensemble.ledger._change() as db:  # a record goes without a request, and keys no longer tell the truth
+        with closing(sqlite3.connect(ensemble.ledger.path)) as db, db:  # unasked: keys no longer tell the truth
             db.execute("UPDATE records SET text = 'something else' WHERE id = 'record-s1r1n0'")
         wrong = {(check.shard, check.stage) for check in verify(ensemble) if not check.same}
         assert wrong == {(1, 1), (1, 2)}
