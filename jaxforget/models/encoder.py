@@ -8,7 +8,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, attend
+from jaxforget.models.layers import ACTIVATIONS, Draws, Place, attend
+from jaxforget.models.modules import Embedding, LayerNorm, Linear
 from jaxforget.models.parts import MLP, Attention
 
 ARCHITECTURES = {

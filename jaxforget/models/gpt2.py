@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxforget.models import configs
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Place, self_attention
+from jaxforget.models.modules import Embedding, LayerNorm, Linear
 from jaxforget.models.parts import MLP, add_head, apply_head, head_keys
 
 ARCHITECTURES = {

@@ -12,7 +12,8 @@ from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models import configs, rotary
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Place, self_attention
+from jaxforget.models.modules import Embedding, LayerNorm, Linear
 from jaxforget.models.parts import MLP, add_head, apply_head, head_keys
 from jaxforget.models.rotary import Rope
 

@@ -5,8 +5,8 @@ vocabulary, L layers, M rows of a flattened product.
 
 Parameters are float32. An operation casts them to the dtype of its input; norms, softmax and logits are
 float32. A parameter is read only by the functions `linear`, `embed`, `attend`, `layer_norm` and `rms_norm`:
-whoever wants to observe or change how parameters act has these five places to look at. The modules below only
-own the arrays. Two kinds of leaf may stand where an array is expected: LowRank acts as another kernel, and Tapped
+whoever wants to observe or change how parameters act has these five places to look at. The modules in modules.py
+only own the arrays. Two kinds of leaf may stand where an array is expected: LowRank acts as another kernel, and Tapped
 acts as the same and tells what each example does to its gradient.
 """
 
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxforget.models import sharding
 
@@ -163,7 +162,7 @@ def _scale(x_MD, scale_D, lead):
     return _tell(scale_D, "scale", x_MD, x_MD * _value(scale_D)[None, :], lead)
 
 
-# ------------------------------------------------------------------------------------------------- modules
+# --------------------------------------------------------------------------------------------------- draws
 class Draws:
     """Standard normal numbers for the parameters of one module, handed out as each is made.
 
@@ -180,52 +179,6 @@ class Draws:
         if self.normal_M is None:
             return jnp.zeros(shape, jnp.float32)
         return self.normal_M[start : self.used].reshape(shape)
-
-
-class Linear(nnx.Module):
-    """Dense layer. kernel: (inputs, outputs), drawn from N(0, std^2); bias: zeros, if any."""
-
-    def __init__(self, inputs: int, outputs: int, draws: Draws, *, std: float, bias: bool):
-        self.kernel = nnx.Param(std * draws((inputs, outputs)))
-        if bias:
-            self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
-        self.biased = bias
-
-    def __call__(self, x, out_dtype=None):
-        bias = self.bias.get_value() if self.biased else None  # not [...]: LowRank and Tapped have no items
-        return linear(x, self.kernel.get_value(), bias, out_dtype=out_dtype)
-
-
-class Embedding(nnx.Module):
-    """Table of `rows` vectors, drawn from N(0, std^2)."""
-
-    def __init__(self, rows: int, width: int, draws: Draws, *, std: float):
-        self.table = nnx.Param(std * draws((rows, width)))
-
-    def __call__(self, tokens_BT, dtype):
-        return embed(self.table.get_value(), tokens_BT, dtype=dtype)
-
-    def attend(self, x_BTD):
-        return attend(x_BTD, self.table.get_value())
-
-
-class LayerNorm(nnx.Module):
-    def __init__(self, width: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.epsilon = epsilon
-
-    def __call__(self, x):
-        return layer_norm(x, self.scale.get_value(), self.bias.get_value(), epsilon=self.epsilon)
-
-
-class RMSNorm(nnx.Module):
-    def __init__(self, width: int, *, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.epsilon = epsilon
-
-    def __call__(self, x):
-        return rms_norm(x, self.scale.get_value(), epsilon=self.epsilon)
 
 
 # ----------------------------------------------------------------------------------------------- attention

@@ -12,7 +12,8 @@ from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models import configs, rotary
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, Linear, Place, RMSNorm, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Place, self_attention
+from jaxforget.models.modules import Embedding, Linear, RMSNorm
 from jaxforget.models.parts import add_head, apply_head, head_keys
 from jaxforget.models.rotary import Rope
 

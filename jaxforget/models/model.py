@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models.layers import REMAT, Draws, Place, last_token, linear, run_blocks
@@ -31,7 +31,7 @@ def family_of(model_type):
 
     if model_type not in FAMILIES:
         raise UserError(f"config field model_type is {model_type!r}; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    return importlib.import_module(f"jaxforget.models.{FAMILIES[model_type]}")
 
 
 def build(config, **options) -> Model:
@@ -42,6 +42,7 @@ def build(config, **options) -> Model:
 @functools.lru_cache(maxsize=256)
 def functional(module, config):
     """Split a module class into `init(key) -> params` and `bind(params, dtype of activations) -> module`, both pure."""
+    from flax import nnx  # here, because Flax takes half a second to import, which --help need not
 
     count = Draws()
     skeleton = nnx.split(nnx.eval_shape(lambda: module(config, count)))[0]

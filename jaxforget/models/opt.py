@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxforget.models import configs
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, LayerNorm, Linear, Place, layer_norm
+from jaxforget.models.layers import ACTIVATIONS, Draws, Place, layer_norm
+from jaxforget.models.modules import Embedding, LayerNorm, Linear
 from jaxforget.models.parts import MLP, Attention, add_head, apply_head, head_keys
 
 ARCHITECTURES = {

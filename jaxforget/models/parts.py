@@ -8,7 +8,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxforget.models.layers import ACTIVATIONS, Draws, Linear, Place, last_token, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Place, last_token, self_attention
+from jaxforget.models.modules import Linear
 
 
 class Attention(nnx.Module):

@@ -20,7 +20,8 @@ from flax import nnx
 
 from jaxforget.errors import UserError
 from jaxforget.models import configs
-from jaxforget.models.layers import ACTIVATIONS, Draws, Embedding, Linear, Place, RMSNorm, attention, self_attention
+from jaxforget.models.layers import ACTIVATIONS, Draws, Place, attention, self_attention
+from jaxforget.models.modules import Embedding, Linear, RMSNorm
 from jaxforget.models.seq2seq import Seq2Seq
 
 MODEL = Seq2Seq

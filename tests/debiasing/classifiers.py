@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.tokens import Examples
-from jaxforget.models import FAMILIES
+from jaxforget.models import family_of
 from jaxforget.models.model import build
 
 SMALL = {
@@ -38,7 +38,7 @@ FAMILIES_OF = {
 @functools.cache
 def classifier(name="small", seed=1):
     raw = SMALL if name == "small" else FAMILIES_OF[name]
-    model = build(FAMILIES[raw["model_type"]].Config.from_hf(raw))
+    model = build(family_of(raw["model_type"]).Config.from_hf(raw))
     return model, jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
 
 

@@ -117,10 +117,10 @@ def is_scale(name: str) -> bool:
 @functools.cache
 def model(name: str):
     """Return our model and its parameters."""
-    from jaxforget.models import FAMILIES, hub
+    from jaxforget.models import family_of, hub
     from jaxforget.models.model import build
 
-    model = build(FAMILIES[CONFIGS[name]["model_type"]].Config.from_hf(CONFIGS[name]))
+    model = build(family_of(CONFIGS[name]["model_type"]).Config.from_hf(CONFIGS[name]))
     shapes = hub.to_tensors(model, model.shapes())
     return model, hub.to_params(model, {key: tensor(key, shape) for key, (shape, _) in shapes.items()})
 
@@ -137,9 +137,9 @@ def torch_model(raw: dict):
 
     config = transformers.AutoConfig.for_model(**json.loads(json.dumps(raw)))
     # Without architectures in the file: the family's usual head.
-    from jaxforget.models import FAMILIES
+    from jaxforget.models import family_of
 
-    usual = next(iter(FAMILIES[raw["model_type"]].ARCHITECTURES[raw["model_type"]].values()))
+    usual = next(iter(family_of(raw["model_type"]).ARCHITECTURES[raw["model_type"]].values()))
     theirs = getattr(transformers, (raw.get("architectures") or [usual])[0])._from_config(config).eval()
     # T5 is built tied whatever the config says; only reading a file unties it.
     if raw["model_type"] == "t5" and raw.get("tie_word_embeddings") is False:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from jaxforget.errors import UserError
-from jaxforget.models import FAMILIES, hub, save
+from jaxforget.models import family_of, hub, save
 from jaxforget.models.adapters import CONFIG, ROOT, WEIGHTS, check_adapter, load_adapter, save_adapter
 from jaxforget.models.layers import LowRank, merge
 from jaxforget.models.model import build
@@ -313,7 +313,7 @@ def torch_base(case, directory):
     import transformers
 
     raw = CASES[case][0]
-    model = build(FAMILIES[raw["model_type"]].Config.from_hf(raw))
+    model = build(family_of(raw["model_type"]).Config.from_hf(raw))
     if raw.get("architectures") == ["GPT2Model"]:  # else read with the family's usual head
         model = build(dataclasses.replace(model.config, head="none"))
     shapes = hub.to_tensors(model, model.shapes())

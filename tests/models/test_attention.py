@@ -47,10 +47,10 @@ def wide(name):
     """A model whose head width cuDNN takes."""
     raw = {"hidden_size": 32, "num_attention_heads": 4, "n_embd": 32, "n_head": 4, "head_dim": 8}
     config = formula.CONFIGS[name]
-    from jaxforget.models import FAMILIES
+    from jaxforget.models import family_of
     from jaxforget.models.model import build
 
-    family = FAMILIES[config["model_type"]]
+    family = family_of(config["model_type"])
     model = build(family.Config.from_hf({k: raw.get(k, v) for k, v in config.items()}), dtype="bfloat16")
     return model, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model.shapes())
 

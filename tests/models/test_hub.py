@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxforget.errors import UserError
-from jaxforget.models import FAMILIES, Model, hub, load, save
+from jaxforget.models import Model, family_of, hub, load, save
 
 NAMES = list(formula.CONFIGS)
 
@@ -48,7 +48,7 @@ def test_config_keeps_keys_that_we_do_not_use(tmp_path):
         "sliding_window": 99,
         "mine": {"a": 1},
     }
-    config = FAMILIES["qwen2"].Config.from_hf(raw)
+    config = family_of("qwen2").Config.from_hf(raw)
     written = config.to_hf()
     assert {key: written[key] for key in raw} == raw
     assert config.windows == (None, None)
@@ -135,9 +135,9 @@ def test_checkpoints_of_the_bare_model_and_with_buffers(name, tmp_path):
     model, params = formula.model(name)
     directory = save(tmp_path / "m", model, params)
     tensors = load_file(directory / hub.WEIGHTS)
-    prefix = FAMILIES[model.config.model_type].PREFIX
+    prefix = family_of(model.config.model_type).PREFIX
     buffers = BUFFERS.get(model.config.model_type, [])
-    assert all(any(re.fullmatch(p, b) for b in buffers) for p in FAMILIES[model.config.model_type].IGNORED)
+    assert all(any(re.fullmatch(p, b) for b in buffers) for p in family_of(model.config.model_type).IGNORED)
     if model.config.causal and model.config.tie_word_embeddings:
         tensors["lm_head.weight"] = np.ones((31, 16), np.float32)
     full = {prefix + buffer: np.ones(2, np.float32) for buffer in buffers} | tensors

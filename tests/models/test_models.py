@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxforget.errors import UserError
-from jaxforget.models import FAMILIES, Model, bert, distilbert, generate, gpt2, llama, roberta
+from jaxforget.models import FAMILIES, Model, bert, distilbert, family_of, generate, gpt2, llama, roberta
 from jaxforget.models.layers import ACTIVATIONS, attention
 from jaxforget.models.rotary import Rope
 
@@ -192,7 +192,7 @@ def test_equal_models_share_a_compiled_program():
 def test_init_has_the_standard_deviations_of_hugging_face(name):
     wide = {"n_embd": 64, "hidden_size": 64, "head_dim": 16}
     raw = {key: wide.get(key, value) for key, value in formula.CONFIGS[name].items()}
-    model = Model(FAMILIES[name].Config.from_hf(raw))
+    model = Model(family_of(name).Config.from_hf(raw))
     params = model.init(jax.random.key(0))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, model.shapes())
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxforget.errors import UserError
-from jaxforget.models import FAMILIES, generate, hub, load, save
+from jaxforget.models import FAMILIES, family_of, generate, hub, load, save
 from jaxforget.models.model import build
 
 pytestmark = pytest.mark.parity
@@ -175,7 +175,7 @@ GENERATING = [
     case
     for case, raw in CASES.items()
     if "architectures" not in raw
-    and {"causal", "seq2seq"} & set(FAMILIES[raw["model_type"]].ARCHITECTURES[raw["model_type"]])
+    and {"causal", "seq2seq"} & set(family_of(raw["model_type"]).ARCHITECTURES[raw["model_type"]])
 ]
 
 
@@ -334,7 +334,7 @@ def test_init_deviates_as_theirs(case):
     wide |= {"relative_attention_num_buckets": 400, "relative_attention_max_distance": 500}
     theirs = formula.torch_model({k: wide.get(k, v) for k, v in CASES[case].items()})
     config, theirs = theirs.config, theirs.state_dict()
-    model = build(FAMILIES[config.model_type].Config.from_hf(config.to_dict()))
+    model = build(family_of(config.model_type).Config.from_hf(config.to_dict()))
     ours = hub.to_tensors(model, model.init(jax.random.key(0)))
     for name, (shape, read) in ours.items():
         # Samples of at least 1500 numbers, or constants.
@@ -375,7 +375,7 @@ HARMLESS = (
 def test_every_field_is_implemented_or_refused(model_type):
     theirs = type(transformers.AutoConfig.for_model(model_type))
     raw = next(raw for raw in formula.CONFIGS.values() if raw["model_type"] == model_type)
-    family = FAMILIES[model_type].Config
+    family = family_of(model_type).Config
     ours = {field.name for field in dataclasses.fields(family)} | {"rope_parameters", "rope_scaling"}
     default, ignored = transformers.AutoConfig.for_model(model_type).to_dict(), []
     for name in set(theirs.__annotations__) - ours:

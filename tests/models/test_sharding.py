@@ -16,13 +16,13 @@ from jaxforget.data.text import TextConfig
 from jaxforget.errors import UserError
 from jaxforget.metrics.classification import class_logp
 from jaxforget.metrics.evidence import Prompts, Reader, Request, gather
-from jaxforget.models import FAMILIES, hub, layers, llama, sharding
+from jaxforget.models import family_of, hub, layers, llama, sharding
 from jaxforget.models.generate import generate
 from jaxforget.models.model import build
 
 HEADS = [
     (name, head) for name, raw in formula.CONFIGS.items()
-    for head in FAMILIES[raw["model_type"]].ARCHITECTURES[raw["model_type"]]
+    for head in family_of(raw["model_type"]).ARCHITECTURES[raw["model_type"]]
 ]  # fmt: skip
 MIX = "data=2,fsdp=2,tensor=2"
 
@@ -30,9 +30,9 @@ MIX = "data=2,fsdp=2,tensor=2"
 @functools.cache
 def shapes_of(name, head):
     raw = formula.CONFIGS[name]
-    architecture = FAMILIES[raw["model_type"]].ARCHITECTURES[raw["model_type"]][head]
+    architecture = family_of(raw["model_type"]).ARCHITECTURES[raw["model_type"]][head]
     raw = raw | {"architectures": [architecture], "id2label": {"0": "a", "1": "b"}}
-    model = build(FAMILIES[raw["model_type"]].Config.from_hf(raw))
+    model = build(family_of(raw["model_type"]).Config.from_hf(raw))
     return model, model.shapes()
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_examples
 
 from jaxforget.errors import UserError
-from jaxforget.models import FAMILIES, hub
+from jaxforget.models import family_of, hub
 from jaxforget.models.layers import REMAT, LowRank, merge
 from jaxforget.models.model import build
 from jaxforget.training.batches import Batches, Stream
@@ -56,7 +56,7 @@ both = pytest.mark.parametrize("name", SMALL)
 @functools.cache
 def base(name):
     raw = CLASSIFIER if name == "classifier" else SMALL[name]
-    model = build(FAMILIES[raw["model_type"]].Config.from_hf(raw))
+    model = build(family_of(raw["model_type"]).Config.from_hf(raw))
     return model, jax.tree.map(np.asarray, model.init(jax.random.key(1)))
 
 
