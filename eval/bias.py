@@ -27,7 +27,7 @@ from jaxforget.metrics.bias.benchmarks import Measure, Subject
 from jaxforget.metrics.bias.generation import Scorer, encode_prompts, load_scorer
 from jaxforget.metrics.bias.scoring import start_id
 from jaxforget.models import hub
-from jaxforget.report.page import cell, figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.start import ComputeConfig
 
@@ -145,15 +145,17 @@ def run(config: Config) -> None:
     sections = []
     for title, note in NOTES.items():
         if part := [row for row in document["results"] if row["benchmark"].startswith(title)]:
-            sections.append((title, note, table(list(map(readable, part)), columns(part)) + plots(part, title)))
-    write_page(
-        out.directory / "report.html", f"Stereotypes in {config.model}",
-        f"Baseline: {config.baseline or 'none'}. In brackets 95 % intervals of {config.resamples:,} bootstrap "
-        f"resamples. A change counts where its interval excludes 0. {document['device']}.",
-        sections, document["config"],
-    )  # fmt: skip
+            sections.append((title, note, table(list(map(readable, part)), columns(part)) + drawn(part, title)))
     whole = [row for row in document["results"] if row["part"] is None]
     whole = whole or document["results"]
+    write_page(
+        out.directory / "report.html", f"Stereotypes in {config.model}",
+        "Which stereotypes does the model prefer, and how do groups differ? "
+        f"Baseline: {f'`{config.baseline}`' if config.baseline else 'none'}. In brackets 95 % intervals of "
+        f"{config.resamples:,} bootstrap resamples. A change counts where its interval excludes 0. "
+        f"{document['device']}.",
+        sections, document["config"], [sentence(row) for row in whole[:12]],
+    )  # fmt: skip
     shown = [field for field in columns(whole) if field not in COUNTS]
     command.print_table(list(map(readable, whole)), shown, f"eval.bias · {out.directory}")
 
@@ -169,6 +171,14 @@ def readable(row: dict[str, Any]) -> dict[str, Any]:
     joined = {field: f"{cell(row[field])} [{cell(row[low])}, {cell(row[high])}]"
               for field, (low, high) in INTERVALS.items() if field in row}  # fmt: skip
     return row | joined
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """Say a measure with its interval, what it would be without stereotypes, and the change from the baseline."""
+    told = readable(row)
+    ideal = f"; without stereotypes {cell(row['ideal'])}" if row.get("ideal") is not None else ""
+    change = f"; change from the baseline {told['change']}" if row.get("change") is not None else ""
+    return f"{row['name']}: {told['value']}{ideal}{change}."
 
 
 def _check(config: Config, given: Sequence[str]) -> None:
@@ -221,7 +231,7 @@ def measure(
     return measures
 
 
-def plots(rows: Sequence[dict[str, Any]], title: str) -> str:
+def drawn(rows: Sequence[dict[str, Any]], title: str) -> str:
     """Draw every measure with its intervals, beside the baseline's."""
     svgs = []
     for name in dict.fromkeys(row["measure"] for row in rows):
@@ -242,12 +252,13 @@ def plots(rows: Sequence[dict[str, Any]], title: str) -> str:
             if shown[0].get("ideal") is not None:
                 axes.axvline(shown[0]["ideal"], color="C2", lw=0.8, ls="--", label="ideal")
             labels = [row["name"].removesuffix(name).removeprefix(title).strip(" ,") or "all" for row in shown]
-            axes.set(yticks=range(len(shown)), yticklabels=labels, ylim=(-0.6, len(shown) - 0.4), xlabel=name)
-            axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+            axes.set(yticks=range(len(shown)), yticklabels=labels, ylim=(-0.6, len(shown) - 0.4),
+                     xlabel=f"{title}: {name}", ylabel="part")  # fmt: skip
+            axes.legend()
 
         if shown:
             svgs.append(figure(draw, width=5.4, height=1.1 + 0.24 * len(shown)))
-    return f"<div class='plots'>{''.join(svgs)}</div>"
+    return plots(*svgs)
 
 
 if __name__ == "__main__":

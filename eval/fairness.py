@@ -24,7 +24,7 @@ from jaxforget.fairness.groups import groups_of
 from jaxforget.fairness.predictor import METHODS, save
 from jaxforget.fairness.study import Votes, compare
 from jaxforget.metrics.classification import class_logp
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.sisa.ensemble import Ensemble
 
@@ -138,10 +138,11 @@ def run(config: Config) -> None:
             x = [row["test_eo_max"] for row in mine]
             spans = np.asarray([[row["test_eo_max"] - row["test_eo_max_low"],
                                  row["test_eo_max_high"] - row["test_eo_max"]] for row in mine]).T  # fmt: skip
-            axes.errorbar(x, [row["test_accuracy"] for row in mine], xerr=np.maximum(spans, 0), fmt="o-",
-                          color=f"C{colour}", lw=0.8, ms=4, capsize=2, label=method)  # fmt: skip
+            axes.errorbar(x, [row["test_accuracy"] for row in mine], xerr=np.maximum(spans, 0),
+                          yerr=[row["test_accuracy_noise"] for row in mine], fmt="o-", color=f"C{colour}", lw=1.2,
+                          elinewidth=0.6, ms=4, capsize=2, label=method)  # fmt: skip
         axes.set(xlabel="equalized-odds gap (max), test", ylabel="accuracy (%), test", xlim=(0, None))
-        axes.legend(frameon=False)
+        axes.legend()
 
     def rates(axes):
         plain = next((row for row in rows if row["name"] == "none"), rows[0])
@@ -149,19 +150,30 @@ def run(config: Config) -> None:
             for row, shade in ((plain, "C0"), (rows[-1], "C3")):
                 axes.plot(range(len(names)), row[f"test_{kind}_by_group"], marker + "-", color=shade,
                           label=f"{kind.upper()}, {row['name']}")  # fmt: skip
-        axes.set(xticks=range(len(names)), xticklabels=names, ylabel="rate on the test set", ylim=(0, 1))
-        axes.legend(frameon=False)
+        axes.set(xticks=range(len(names)), xticklabels=names, xlabel="group", ylabel="rate on the test set",
+                 ylim=(0, 1))  # fmt: skip
+        axes.legend()
 
+    least = min(rows, key=lambda row: row["test_eo_max"])
+    lower = [row["name"] for row in rows if row["test_eo_max_change_high"] < 0]
+    said = [f"{what}: `{row['name']}`, with a gap of {cell(row['test_eo_max'])} [{cell(row['test_eo_max_low'])}, "
+            f"{cell(row['test_eo_max_high'])}] on the test set and {cell(row['test_accuracy'])} % accuracy."
+            for what, row in (("First method", rows[0]), ("Smallest gap", least))]
+    said.append("Lower than the plain vote's by more than resampling explains: "
+                f"{', '.join(f'`{name}`' for name in lower) or 'none'}.")  # fmt: skip
     write_page(
         out.directory / "report.html", "Equalized odds of an ensemble",
+        "Does the vote err as often for one group as for the other, and what does equalizing it cost? "
         f"{members} members; groups {', '.join(names)}; {len(kept):,} records to fit, {len(records['test']):,} to "
         f"test, {left_out} left out because they were deleted. {document['device']}.",
-        [("Methods", "A gap on the fit set flatters; the test columns count. Low and high bound the 95 % bootstrap "
-          "interval over test records. Change is the difference from the plain vote; its interval is paired, and a "
-          "change counts where it excludes 0.", table(rows, FIELDS)),
-         ("Accuracy against the gap", "Points of a method are its epsilons.",
-          f"<div class='plots'>{figure(draw)}{figure(rates)}</div>")],
-        document["config"],
+        [("Methods", "eo max, the equalized-odds gap: the larger difference of true or false positive rates between "
+          "groups. On the fit set it flatters; the test columns count. In brackets the 95 % bootstrap "
+          "interval over test records. Change is the difference from the plain vote (`none`); its interval is paired, "
+          "and a change counts where it excludes 0.", table(rows, FIELDS)),
+         ("Accuracy against the gap", "Up and left is good. Points of a method are its epsilons, the gaps allowed on "
+          "the fit set; bars are 95 % intervals over test records. Then the rates of either group, of the plain vote "
+          "and of the last method.", plots(figure(draw), figure(rates)))],
+        document["config"], said,
     )  # fmt: skip
     command.print_table(rows, TERMINAL, f"eval.fairness · {out.directory}")
 

@@ -19,7 +19,7 @@ from jaxforget.influence.comparison import ceilings, compare
 from jaxforget.influence.scores import Scores, found, heat_map, load, scatter
 from jaxforget.influence.study import Study, StudyConfig, read_study, settings_of
 from jaxforget.influence.truth import Truth, TruthConfig, load_truth, retrain
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 
 
@@ -127,19 +127,27 @@ def report(config: Config, out: Run, everyone: list[Scores], truth: Truth) -> No
             for s in everyone]  # fmt: skip
     K, seeds = len(truth.datasets), len(truth.influence_OKQ)
     sections = [
-        ("Agreement", "Means over queries of correlations over datasets; low and high: 95 % bootstrap over datasets. "
+        ("Agreement", "Means over queries of correlations over datasets; in brackets: 95 % bootstrap over datasets. "
          "lds: Spearman over random subsets of datasets. sign: percent of equal signs, raw and with queries centred. "
          "The noise ceiling is the expected Pearson correlation of a perfect method with this truth.",
          table(rows, FIELDS, lambda row: row in limits)),
-        ("Scores against the truth", "One colour a query.", f"<div class='plots'>{''.join(dots)}</div>"),
-        ("Influence", "Every column is divided by its largest absolute value. Red: the dataset helps the query.",
-         f"<div class='plots'>{''.join(maps)}</div>"),
+        ("Scores against the truth", "One dot a dataset, one colour a query, each standardised; on the line the score "
+         "is the truth.", plots(*dots)),
+        ("Influence", "Every column is divided by its largest absolute value. Red: the dataset helps the query; blue: "
+         "it harms.", plots(*maps)),
     ]  # fmt: skip
-    lead = (f"{K} datasets, {len(truth.queries)} queries, {seeds} seeds of retraining "
+    lead = ("Do cheap scores tell what retraining without a dataset would do? "
+            f"{K} datasets, {len(truth.queries)} queries, {seeds} seeds of retraining "
             f"({truth.about.get('protocol', 'protocol not stated')}). ")  # fmt: skip
     if K < 32:
         lead += f"With {K} datasets intervals are wide: r = 0.5 of one query is told from 0 with 16 or more. "
-    write_page(out.directory / "report.html", "Influence against retraining", lead, sections, document["config"])
+    found = [f"`{row['name']}`: Pearson correlation with the truth {cell(row['pearson'])} "
+             f"[{cell(row['pearson_low'])}, {cell(row['pearson_high'])}], Spearman {cell(row['spearman'])}."
+             for row in rows if row not in limits]  # fmt: skip
+    found.append(f"A perfect method is expected to reach {cell(limits[0]['pearson'])} (the noise ceiling)."
+                 if limits[0]["pearson"] is not None and np.isfinite(limits[0]["pearson"])
+                 else "With one seed of retraining there is no noise ceiling.")  # fmt: skip
+    write_page(out.directory / "report.html", "Influence against retraining", lead, sections, document["config"], found)
     command.print_table(rows, FIELDS, f"eval.influence · {out.directory}")
 
 

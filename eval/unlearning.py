@@ -25,7 +25,7 @@ from jaxforget.metrics.benchmark import MeasureConfig, Metric
 from jaxforget.metrics.evidence import Reader, Request
 from jaxforget.models import hub
 from jaxforget.models.quantize import quantized
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.stage import finished
 from jaxforget.training.start import ComputeConfig, require_causal
@@ -264,19 +264,29 @@ def report(out: Run, document: dict[str, Any], metrics: dict[str, Metric]) -> No
     parts = joined + [(name.capitalize(), m.columns, m.note, m.axes) for name, m in metrics.items()]
     for title, columns, note, axes in parts:
         fields = ["name", *(f for f in columns if any(row.get(f) is not None for row in rows))]
-        plots = [figure(lambda one, columns=fields[1:]: bars(one, rows, columns[0]))] if len(fields) > 1 else []
+        drawn = [figure(lambda one, columns=fields[1:]: bars(one, rows, columns[0]))] if len(fields) > 1 else []
         if axes and any(row.get(axes[0]) is not None and row.get(axes[1]) is not None for row in rows):
-            plots.append(figure(lambda one, axes=axes: scatter(one, rows, *axes)))
+            drawn.append(figure(lambda one, axes=axes: scatter(one, rows, *axes)))
         body = table(rows, fields, mark=lambda row: row["name"] in YARDSTICKS)
-        sections.append((title, note, f"{body}<div class='plots'>{''.join(plots)}</div>"))
+        sections.append((title, note, body + plots(*drawn)))
     if notes := [row for row in rows if row.get("note")]:
         sections.append(("Notes", "What could not be computed, and why.", table(notes, ("name", "note"))))
     bits = out.config["quantize"]
-    lead = "The goal of unlearning is the model that never saw the forget set: the row `retrained`."
-    lead += " Behind ± half of the 95 % interval over items."
+    lead = "What did each model forget, and what does it still know? The goal of unlearning is the model that never "
+    lead += "saw the forget set: the row `retrained`. Intervals are over items."
     lead += f" Weights of all models went through {bits} bits." if bits else ""
     write_page(out.directory / "report.html", "Unlearning, evaluated", f"{lead} {document['device']}.", sections,
-               document["config"])  # fmt: skip
+               document["config"], [told(rows, columns) for _, columns, _, _ in parts])  # fmt: skip
+
+
+def told(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    """Give the first column that was measured for every model, of at most eight."""
+    measured = [f for f in columns if any(row.get(f) is not None for row in rows)]
+    if not measured:
+        return f"Nothing of {', '.join(columns[:3])} could be measured."
+    field = measured[0]
+    values = [f"`{row['name']}` {cell(row.get(field), row.get(f'{field}_ci95'))}" for row in rows[:8]]
+    return f"{field.replace('_', ' ').capitalize()}: {', '.join(values)}{', …' if len(rows) > 8 else ''}."
 
 
 def bars(axes, rows: list[dict[str, Any]], field: str) -> None:
@@ -285,18 +295,20 @@ def bars(axes, rows: list[dict[str, Any]], field: str) -> None:
     colours = ["#c0392b" if row["name"] in YARDSTICKS else "C0" for row in shown]
     spans = [row.get(f"{field}_ci95") or 0.0 for row in shown]
     axes.barh(range(len(shown)), [row[field] for row in shown], xerr=spans, color=colours, height=0.6)
-    axes.set(yticks=range(len(shown)), yticklabels=[row["name"] for row in shown], xlabel=field.replace("_", " "))
+    axes.set(yticks=range(len(shown)), yticklabels=[row["name"] for row in shown], xlabel=field.replace("_", " "),
+             ylabel="model")  # fmt: skip
 
 
 def scatter(axes, rows: list[dict[str, Any]], x: str, y: str) -> None:
-    """Draw one field against another; a good method lands on the star, the retrained model."""
+    """Draw one field against another with intervals; a good method lands on the star, the retrained model."""
     for index, row in enumerate(rows):
         if row.get(x) is not None and row.get(y) is not None:
             style = {"original": ("s", "black", 60), "retrained": ("*", "#c0392b", 190)}.get(row["name"])
             marker, colour, size = style or ("o", f"C{index % 10}", 45)
+            axes.errorbar(row[x], row[y], xerr=row.get(f"{x}_ci95"), yerr=row.get(f"{y}_ci95"), color=colour, lw=1)
             axes.scatter(row[x], row[y], marker=marker, color=colour, s=size, label=row["name"], zorder=3)
     axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend()
 
 
 if __name__ == "__main__":

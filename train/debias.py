@@ -38,7 +38,7 @@ from jaxforget.models.adapters import digest
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.noise import gaussian_noise
 from jaxforget.privacy.recipe import PrivateRun, phase_batches, private_run
-from jaxforget.report.page import figure, table
+from jaxforget.report.page import figure, plots, table
 from jaxforget.report.run import Run, plain
 from jaxforget.training.ensemble import Members
 from jaxforget.training.optimizer import TrainConfig
@@ -168,13 +168,13 @@ def run(config: Config) -> None:
     def curves(axes):
         for stage, points in stages.items():
             axes.semilogy(*zip(*points, strict=True), ".-", label=stage)
-        axes.set(xlabel="step", ylabel="open gates, mean over modules")
-        axes.legend(frameon=False)
+        axes.set(xlabel="step", ylabel="share of gates open, mean over modules")
+        axes.legend()
 
     sizes = [{"name": name, **inspect(module)} for name, module in (base | modules).items()]
     columns = ("name", "density", "achieved_density", "nonzeros", "bytes")
     note = "Share of gates open without noise, by epoch of the first phase; pruning cuts to the budget."
-    sections = [("Density", note, table(sizes, columns) + (figure(curves) if stages else ""))]
+    sections = [("Density", note, table(sizes, columns) + (plots(figure(curves)) if stages else ""))]
     if private:
         promise = {name.removeprefix("dp_"): value for name, value in private.about.items() if value is not None}
         sections.append(("Differential privacy", PROMISE, table([{"name": config.dp.sampler, **promise}],

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxforget import command
 from jaxforget.data.text import read
 from jaxforget.errors import RunError, UserError
-from jaxforget.report.page import table, write_page
+from jaxforget.report.page import cell, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.sisa.deletion import ask, same_environment, serve, verify
 from jaxforget.sisa.ensemble import Ensemble, locked
@@ -179,7 +179,8 @@ def report(out: Run, requests, checks, notes, seconds: float) -> None:
         total |= {"stages_verified": sum(check.same for check in checks),
                   "stages_different": sum(not check.same for check in checks)}  # fmt: skip
     document = out.finish([*rows, total], receipts=receipts)
-    sections = [("Requests", "What every request cost; share of retraining counts visits of examples.",
+    sections = [("Requests", "What every request cost; share of retraining: visits of examples, divided by those of "
+                 "training everything that is left.",
                  table([*rows, total], FIELDS))]  # fmt: skip
     if checks:
         said = [{"name": f"shard {c.shard}, slice {c.stage}", "served": c.served[:16],
@@ -187,9 +188,17 @@ def report(out: Run, requests, checks, notes, seconds: float) -> None:
         sections.append(("Verification", "SHA-256 of every stage's parameters (its first 16 digits), as served and as "
                          "trained from scratch without the deleted records.",
                          table(said, ("name", "same", "served", "from_scratch"))))  # fmt: skip
+    found = [f"Requests committed: {len(receipts)}, in {cell(total['seconds'])} s."]
+    if shares := [one["share_of_retraining"] for one in rows if one.get("share_of_retraining") is not None]:
+        found.append(f"A request visited {cell(min(shares))} to {cell(max(shares))} of the examples that training "
+                     "everything that is left would visit.")  # fmt: skip
+    if checks:
+        found.append(f"Verified against training from scratch: {total['stages_verified']} stages, "
+                     f"{total['stages_different']} of them different.")  # fmt: skip
     write_page(out.directory / "report.html", "Deletions",
-               f"Requests committed: {len(receipts)}. {document['device']}.",
-               sections, document["config"])  # fmt: skip
+               "Which records were deleted from the ensemble, and at what cost? Every shard that held one is trained "
+               f"again from the slice before it. {document['device']}.",
+               sections, document["config"], found)  # fmt: skip
     command.print_table([*rows, total], FIELDS, f"train.forget · {out.directory}")
 
 

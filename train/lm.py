@@ -27,7 +27,7 @@ from jaxforget.models.adapters import check_adapter, save_adapter
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.recipe import check, private_run
 from jaxforget.privacy.sampling import with_units
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
@@ -189,9 +189,9 @@ def run(config: Config) -> None:
     unit = "text" if config.task == "classification" else "token"
     curve = figure(lambda axes: (axes.plot(*zip(*losses, strict=True), lw=1),
                                  axes.set(xlabel="step", ylabel=f"training loss (nats/{unit})")))  # fmt: skip
-    sections = [("Before and after", f"Losses in nats a {unit}, accuracy in percent.",
-                 table(rows, fields_of(config.task))),
-                ("Training loss", "Each point is one batch.", curve)]  # fmt: skip
+    sections = [("Before and after", f"A row a set, before and after training. Losses in nats a {unit}, accuracy in "
+                 "percent.", table(rows, fields_of(config.task))),
+                ("Training loss", "Each point is one batch.", plots(curve))]  # fmt: skip
     if private:
         promise = {name.removeprefix("dp_"): value for name, value in about.items() if value is not None}
         note = ("Holds for the weights that this one run leaves, as long as --seed is secret: who knows it can repeat "
@@ -199,10 +199,18 @@ def run(config: Config) -> None:
                 "training text, and the losses, norms and token counts written beside the weights.")  # fmt: skip
         sections.append(("Differential privacy", note, table([{"name": config.dp.sampler, **promise}],
                                                              ("name", *promise))))  # fmt: skip
+    old = {row["set"]: row for row in rows if row["name"].startswith("before")}
+    found = [f"Loss on `{new['set']}`: {cell(old[new['set']]['nll'])} before, {cell(new['nll'])} after "
+             f"(nats a {unit}); accuracy {cell(old[new['set']]['accuracy'])} % before, {cell(new['accuracy'])} % after."
+             for new in rows if new["name"].startswith("after")]  # fmt: skip
+    if private:
+        found.append(f"Private with epsilon {cell(promise.get('epsilon'))} at delta {cell(promise.get('delta'))}, of a "
+                     f"{promise['unit']}.")  # fmt: skip
     write_page(
         out.directory / "report.html", f"Training a {model.config.model_type} model: {config.task}",
-        f"{len(kept):,} records, {record['train_tokens']:,} tokens, {document['device']}.",
-        sections, document["config"],
+        f"What does a model learn from {len(kept):,} records? Trained on {record['train_tokens']:,} tokens in "
+        f"{cell(record['seconds'])} s, {document['device']}.",
+        sections, document["config"], found,
     )  # fmt: skip
     command.print_table(rows, fields_of(config.task), f"train.lm · {out.directory}")
 

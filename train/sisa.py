@@ -23,7 +23,7 @@ from jaxforget.data.text import TextConfig, encode, read, tokenizer_texts
 from jaxforget.errors import UserError
 from jaxforget.models import hub
 from jaxforget.models.sharding import check_members
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run, plain
 from jaxforget.sisa.cost import training_visits
 from jaxforget.sisa.deletion import serve
@@ -255,24 +255,29 @@ def report(config: Config, out: Run, ensemble: Ensemble) -> None:
             axes.plot([done + step for step, _ in points], [loss for _, loss in points], lw=1, label=tag)
             done += points[-1][0]
         axes.set(xlabel="step", ylabel="training loss, mean over models (nats)")
-        axes.legend(frameon=False)
+        axes.legend()
 
     def sizes(axes):
         shards, floor = np.arange(recipe.shards), np.zeros(recipe.shards)
         for cut in range(recipe.slices):
             axes.bar(shards, count_SR[:, cut], bottom=floor, label=f"slice {cut}")
             floor = floor + count_SR[:, cut]
-        axes.set(xlabel="shard", ylabel="examples", xticks=shards, ylim=(0, 1.25 * floor.max()))
-        axes.legend(frameon=False, ncols=4, loc="upper center")
+        axes.set(xlabel="shard", ylabel="examples", xticks=shards)
+        axes.legend()
 
+    unit = "text" if recipe.task == "classification" else "token"
+    found = [f"`{row['name']}`: accuracy {cell(row['accuracy'])} %, loss {cell(row['nll'])} nats a {unit}."
+             for row in rows if not row["name"].startswith("member ")]  # fmt: skip
     write_page(
         out.directory / "report.html", f"An ensemble of {recipe.shards} {ensemble.model.config.model_type} models",
-        f"{int(count_SR.sum()):,} examples in {recipe.shards} shards of {recipe.slices} slices, trained for "
+        f"How good is an ensemble from which records can be deleted exactly (SISA)? {int(count_SR.sum()):,} examples "
+        f"in {recipe.shards} shards of {recipe.slices} slices, one model a shard, trained for "
         f"{', '.join(map(str, recipe.epochs))} epochs a slice: {visits:,} visits of examples, {document['device']}.",
-        [("Quality", "Every model, their mean, and their votes.", table(rows, fields_of(recipe.task))),
+        [("Quality", "Every model, their mean, and their votes joined in three ways.",
+          table(rows, fields_of(recipe.task))),
          ("Training and shards", "Every slice starts from the parameters that the one before left, with a fresh "
-          "optimizer.", f"<div class='plots'>{figure(curves)}{figure(sizes)}</div>")],
-        document["config"],
+          "optimizer.", plots(figure(curves), figure(sizes)))],
+        document["config"], found,
     )  # fmt: skip
     command.print_table(rows, fields_of(recipe.task), f"train.sisa · {out.directory}")
 

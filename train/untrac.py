@@ -22,7 +22,7 @@ from jaxforget.influence import Method, choose
 from jaxforget.influence.scores import Scores, heat_map, load, measure, rows_of, save
 from jaxforget.influence.study import Study, StudyConfig, read_study
 from jaxforget.models.sharding import check_rows, host
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.checkpoints import load_tree, save_tree
@@ -180,26 +180,37 @@ def report(config: Config, out: Run, everyone: list[Scores], record: dict[str, A
     queries = everyone[0].queries
     fields = ("name", *(f"influence_{query}" for query in queries), "collapsed_at", "seconds")
     shown = fields if len(queries) <= 8 else ("name", *(f"influence_{query}" for query in queries[:8]), "seconds")
-    maps = "".join(
+    maps = plots(*(
         figure(heat_map(scores.answer.scores_KQ, scores.datasets, queries, scores.method),
                width=max(3.0, 1.6 + 0.5 * len(queries)), height=max(2.6, 1.2 + 0.22 * len(scores.datasets)))
         for scores in everyone
-    )  # fmt: skip
-    curves = "".join(figure(curves_of(scores)) for scores in everyone if len(scores.answer.curves.get("step", ())) > 1)
+    ))  # fmt: skip
+    curves = plots(*(figure(curves_of(scores)) for scores in everyone if len(scores.answer.curves.get("step", ())) > 1))
     sections = [
         ("Influence", "Every column is divided by its largest absolute value. Red: the dataset helps the query.",
-         f"<div class='plots'>{maps}</div>"),
-        *([("While a dataset is unlearned", "Mean change of the loss of all queries, nats a token.",
-            f"<div class='plots'>{curves}</div>")] if curves else []),
+         maps),
+        *([("While a dataset is unlearned", "Mean change of the loss of all queries, nats a token.", curves)]
+          if "<svg" in curves else []),
         ("Scores", "UnTrac and UnTrac-Inv in nats a token, the others in units of their own: compare within a method. "
          "Collapsed at: the step at which the model was destroyed.", table(rows, fields)),
     ]  # fmt: skip
-    lead = "Influence is loss after unlearning minus loss before: positive where the dataset helps the query. "
-    write_page(out.directory / "report.html", "Which data causes which behaviour", lead + " ".join(notes), sections,
-               document["config"])  # fmt: skip
+    lead = ("Which of the datasets that a model was trained on helps it with which query? Influence is loss after the "
+            "dataset is unlearned minus loss before: positive where the dataset helps the query. No score is checked "
+            "here; eval.influence compares scores with retraining.")  # fmt: skip
+    write_page(out.directory / "report.html", "Which data causes which behaviour", lead, sections, document["config"],
+               [*(most_helpful(scores) for scores in everyone), *notes])  # fmt: skip
     command.print_table(rows, shown, f"train.untrac · {out.directory}")
     for note in notes:
         command.say(note)
+
+
+def most_helpful(scores: Scores) -> str:
+    """Name the dataset that a method finds most helpful for every query, of at most eight."""
+    score_KQ = scores.answer.scores_KQ
+    known = [q for q in range(len(scores.queries)) if np.isfinite(score_KQ[:, q]).all()]
+    told = [f"{scores.datasets[score_KQ[:, q].argmax()]} for {scores.queries[q]}" for q in known[:8]]
+    more = f", and {len(known) - 8} more queries" if len(known) > 8 else ""
+    return f"Most helpful by `{scores.method}`: {', '.join(told) or 'none, for scores are missing'}{more}."
 
 
 def curves_of(scores: Scores):
@@ -209,8 +220,8 @@ def curves_of(scores: Scores):
         step_S, change_SKQ = (scores.answer.curves[name] for name in ("step", "query_change"))
         for k, name in enumerate(scores.datasets):
             axes.plot(step_S, change_SKQ[:, k].mean(axis=-1), label=name)
-        axes.set(xlabel="step", ylabel="change of loss (nats a token)", title=scores.method)
-        axes.legend(fontsize=6, frameon=False)
+        axes.set(xlabel="step of unlearning", ylabel="change of loss (nats a token)", title=scores.method)
+        axes.legend()
 
     return draw
 

@@ -109,7 +109,7 @@ def heat_map(scores_KQ: np.ndarray, datasets: Sequence[str], queries: Sequence[s
             shown = scores_KQ / np.abs(scores_KQ).max(axis=0)
         axes.imshow(shown, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
         axes.grid(False)
-        axes.set(title=title, xticks=range(len(queries)), yticks=range(len(datasets)))
+        axes.set(title=title, xticks=range(len(queries)), yticks=range(len(datasets)), xlabel="query", ylabel="dataset")
         size = 9 if max(len(queries), len(datasets)) < 16 else 5
         axes.set_xticklabels(queries, rotation=90, fontsize=size)
         axes.set_yticklabels(datasets, fontsize=size)
@@ -133,6 +133,6 @@ def scatter(scores_KQ: np.ndarray, truth_KQ: np.ndarray, queries: Sequence[str],
         axes.axline((0, 0), slope=1, lw=0.8, color="0.6")
         axes.set(xlabel="truth (standardised)", ylabel="score (standardised)", title=title)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=6, frameon=False)
+            axes.legend()
 
     return draw

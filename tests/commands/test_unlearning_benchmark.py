@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pages
 import pytest
 import running
 from shards import call, done
@@ -50,7 +51,7 @@ def test_smoke(tmp_path):
             assert retrained[f"{name}_change"] == pytest.approx(retrained[name] - first[name])
         assert f"{name}_change_ci95" in chosen and f"{name}_low" not in chosen and name not in rows["sisa"]
     page = (out / "report.html").read_text()
-    assert "Relearning" in page and "Side effects" in page and page.count("<svg") >= 6
+    assert "Relearning" in page and "Side effects" in page and len(pages.check(page).plots) >= 6
     assert not (out / "scratch/ascent_descent_indist").exists()
 
     cells = {path: path.read_bytes() for path in (out / "cells").iterdir()}
