@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import peers, timing
 from jaxforget import command
 from jaxforget.errors import UserError
 from jaxforget.models import gpt2
@@ -138,96 +138,41 @@ def ours(config: Config) -> dict[str, Way]:
 def compiled(function, arguments, against: str) -> Way:
     """Compile a function, and say what memory it takes."""
     command.say(f"compiling for {against}")
-    began = time.perf_counter()
-    program = jax.jit(function).lower(*arguments).compile()
-    took = time.perf_counter() - began
-    memory = program.memory_analysis()
-    megabytes = memory.temp_size_in_bytes / 1e6 if memory is not None else None
-    return lambda: jax.block_until_ready(program(*arguments)), against, megabytes, took
+    program, took, memory = timing.compiled(jax.jit(function), *arguments)
+    return lambda: jax.block_until_ready(program(*arguments)), against, memory and memory.temporary, took
 
 
 def jax_privacy(config: Config) -> dict[str, Way]:
     """Compile jax_privacy's clipped gradient of the same losses, noise and Adam left out."""
-    try:
-        from jax_privacy import clipped_grad
-    except ImportError:
-        command.say("jax_privacy is not installed; left out")
-        return {}
     model, params, batch = model_of(config)
-    objective = next_token(model)
-
-    def loss(params, one):
-        return jnp.mean(objective({"model": params}, one, None))
-
     ways = {}
     for size in (None, config.microbatch) if config.whole else (config.microbatch,):
-        gradient = clipped_grad(loss, l2_clip_norm=0.1, batch_argnums=1, keep_batch_dim=True, microbatch_size=size)
+        gradient = peers.jax_privacy(model, size)
+        if gradient is None:
+            command.say("jax_privacy is not installed; left out")
+            return {}
         about = f", micro-batch {size}" if size else ""
         ways[f"jax_privacy{about}"] = compiled(gradient, (params, batch), f"plain{about}")
     return ways
 
 
 def opacus(config: Config) -> dict[str, Way]:
-    """Make steps of Opacus and of torch alone, on transformers' GPT-2 of the same shape with an untied head."""
-    try:
-        import torch
-        import transformers
-        from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-        from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-        from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-    except ImportError:
+    """Make steps of Opacus and of torch alone."""
+    steps = peers.opacus(model_of(config)[0].config, config.batch_size, config.context)
+    if not steps:
         command.say("torch, transformers or opacus is not installed; left out")
-        return {}
-    shape = transformers.GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.context, n_embd=config.width, n_layer=config.layers,
-        n_head=max(1, config.width // 64), tie_word_embeddings=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-    )  # fmt: skip
-    token_BT, label_BT = torch.randint(0, config.vocab_size, (2, config.batch_size, config.context))
-    position_BT = torch.arange(config.context)[None].repeat(config.batch_size, 1)
-    noise = dict(noise_multiplier=1.0, max_grad_norm=0.1, expected_batch_size=config.batch_size)
-
-    def stepper(kind: str):
-        model = transformers.GPT2LMHeadModel(shape).train()
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-        if kind == "hooks":
-            model, optimizer = GradSampleModule(model), DPOptimizer(optimizer, **noise)
-        elif kind == "ghost":
-            model = GradSampleModuleFastGradientClipping(model, max_grad_norm=0.1)
-            optimizer = DPOptimizerFastGradientClipping(optimizer, **noise)
-
-        def step():
-            optimizer.zero_grad()
-            logit_BTV = model(input_ids=token_BT, position_ids=position_BT).logits
-            loss_BT = torch.nn.functional.cross_entropy(logit_BTV.mT, label_BT, reduction="none")
-            if kind == "ghost":
-                DPTensorFastGradientClipping(model, optimizer, loss_BT.mean(dim=1)).backward()
-            else:
-                loss_BT.mean().backward()
-            optimizer.step()
-
-        return step
-
-    kinds = {"torch: plain": "plain", "torch: Opacus, hooks": "hooks", "torch: Opacus, ghost": "ghost"}
-    return {name: (stepper(kind), "torch: plain", None, 0.0) for name, kind in kinds.items()}
+    return {name: (step, "torch: plain", None, 0.0) for name, step in steps.items()}
 
 
 def measure(config: Config, ways: dict[str, Way]) -> list[dict[str, Any]]:
-    """Run the ways in turns; the first turn warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(config.repeats + 1):
-        for name, (step, *_) in ways.items():
-            began = time.perf_counter()
-            step()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+    """Run the ways in turns."""
+    seconds, _ = timing.turns({name: step for name, (step, *_) in ways.items()}, config.repeats)
     rows = []
     for name, (_, against, memory, took) in ways.items():
-        ratios = [a / b for a, b in zip(seconds[name], seconds.get(against, []), strict=False)]
         base = ways[against][2] if against in ways else None
         rows.append({
             "name": name, "seconds": statistics.median(seconds[name]), "against": against,
-            "times_plain": statistics.median(ratios) if ratios else None,
-            "times_plain_low": min(ratios, default=None), "times_plain_high": max(ratios, default=None),
+            **timing.spread("times_plain", timing.ratios(seconds[name], seconds[against]) if against in ways else []),
             "memory_mb": memory, "memory_times_plain": memory / base if memory and base else None,
             "compile_seconds": took,
         })  # fmt: skip

@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import peers, timing
 from jaxforget import command
 from jaxforget.data.sampling import id_keys
 from jaxforget.data.tokens import IGNORED, Examples
@@ -175,29 +175,18 @@ def measure(config: Config, mine: Work, model, params, weights: Path) -> dict[st
     """Run both sides in turns."""
     ours, compiling = our_turn(config, mine, params)
     theirs = torch_turn(config, mine, model, weights)
-    seconds: dict[str, list[float]] = {"ours": [], "torch": []}
-    losses = {}
-    for turn in range(config.repeats + 1):
-        for side, one in (("ours", ours), ("torch", theirs)):
-            if one is not None:
-                began = time.perf_counter()
-                found = one()
-                took = time.perf_counter() - began
-                if turn:
-                    seconds[side].append(took / config.steps)
-                else:  # warms up, from the same weights
-                    losses[side] = found
-    median = statistics.median(seconds["ours"])
+    sides = {"ours": ours} | ({} if theirs is None else {"torch": theirs})
+    seconds, losses = timing.turns(sides, config.repeats)  # the first turns are from the same weights
+    median = statistics.median(seconds["ours"]) / config.steps
     row = {"name": mine.name, "seconds_per_step": median, "compile_seconds": compiling,
            "tokens_per_second": mine.batch_S["tokens"][0].size / median, "reference": reference_of(mine.recipe),
            "torch_seconds_per_step": None, "speedup": None, "speedup_low": None, "speedup_high": None,
            "loss_difference": None, "last_loss_difference": None, "note": "no PyTorch or transformers to compare with"}
     if theirs is None:
         return row
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["torch"], strict=True)]
     return row | agreement(mine.name, losses["ours"], losses["torch"]) | {
-        "torch_seconds_per_step": statistics.median(seconds["torch"]), "speedup": statistics.median(ratios),
-        "speedup_low": min(ratios), "speedup_high": max(ratios), "note": None,
+        "torch_seconds_per_step": statistics.median(seconds["torch"]) / config.steps,
+        **timing.spread("speedup", timing.ratios(seconds["torch"], seconds["ours"])), "note": None,
     }  # fmt: skip
 
 
@@ -225,9 +214,7 @@ def our_turn(config: Config, mine: Work, params) -> tuple[Turn, float]:
     state, frozen = step.init(jax.random.key(0), {"model": params, **mine.recipe.parts})
     state = set_schedule(state, learning_rate=config.train.learning_rate, total=config.steps)
     batch_S = jax.tree.map(jnp.asarray, dict(mine.batch_S))
-    began = time.perf_counter()
-    program = make_run(step).lower(state, frozen, batch_S, config.steps).compile()
-    took = time.perf_counter() - began
+    program, took, _ = timing.compiled(make_run(step), state, frozen, batch_S, config.steps)
 
     def turn() -> np.ndarray:
         nonlocal state  # its buffers are donated
@@ -239,16 +226,14 @@ def our_turn(config: Config, mine: Work, params) -> tuple[Turn, float]:
 
 def torch_turn(config: Config, mine: Work, model, weights: Path) -> Turn | None:
     """Make the same steps in PyTorch; None where it is not installed, or not on our device."""
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError:
+    device = peers.torch_device()
+    if device is None:
         return None
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
     disable_progress_bar()  # of reading weights
-    device = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend(), "")
-    if not device or (device == "cuda" and not torch.cuda.is_available()):
-        return None
 
     def load():
         found = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).to(device)
@@ -267,8 +252,7 @@ def torch_turn(config: Config, mine: Work, model, weights: Path) -> Turn | None:
     for batch in batches:
         batch["labels"] = batch["labels"].long()
     train = config.train
-    optimizer = torch.optim.AdamW(moving.parameters(), lr=train.learning_rate, betas=(train.b1, train.b2),
-                                  eps=train.epsilon, weight_decay=0.0, fused=True)  # fmt: skip
+    optimizer = peers.torch_adamw(torch, moving.parameters(), train)
 
     def turn() -> np.ndarray:
         losses = []
