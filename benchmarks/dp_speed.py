@@ -28,7 +28,7 @@ from jaxforget.models import gpt2
 from jaxforget.models.model import build
 from jaxforget.privacy.clipping import Clipping
 from jaxforget.privacy.noise import gaussian_noise, private_gradient
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import next_token
@@ -91,15 +91,22 @@ def run(config: Config) -> None:
 
     def draw(axes):
         shown = [row for row in rows if row["times_plain"]]
-        axes.barh([row["name"] for row in shown], [row["times_plain"] for row in shown], height=0.6)
+        ends = [[row["times_plain"] - row["times_plain_low"] for row in shown],
+                [row["times_plain_high"] - row["times_plain"] for row in shown]]  # fmt: skip
+        axes.barh([row["name"] for row in shown], [row["times_plain"] for row in shown], height=0.6, xerr=ends)
         axes.invert_yaxis()
         axes.axvline(1, color="0.5", lw=0.8)
-        axes.set(xlabel="time of a step / plain step")
+        axes.set(xlabel="time of a step / plain step", ylabel="way of clipping")
 
-    write_page(out.directory / "report.html", "What private gradients cost", f"{document['device']}.",
-               [("Steps", "Ratios are to the plain step with the same micro-batches; medians of turns, with the lowest "
-                 "and highest.", f"<div class='plots'>{figure(draw)}</div>{table(rows, FIELDS)}")],
-               document["config"])  # fmt: skip
+    lead = ("How much longer is a training step that cuts every record's gradient (DP-SGD), and how much more memory "
+            f"does it take? A GPT-2 of width {config.width}, batches of {config.batch_size}; {document['device']}.")
+    found = [f"`{row['name']}`: {cell(row['times_plain'])} times the plain step's time."
+             for row in rows if row["times_plain"] and not row["name"].startswith("plain")]  # fmt: skip
+    note = ("Ratios are to the plain step with the same micro-batches; medians of turns, in brackets the lowest and "
+            "highest turn.")  # fmt: skip
+    drawn = figure(draw, height=1.0 + 0.26 * sum(bool(row["times_plain"]) for row in rows))
+    write_page(out.directory / "report.html", "What private gradients cost", lead,
+               [("Steps", note, plots(drawn) + table(rows, FIELDS))], document["config"], found)  # fmt: skip
     command.print_table(rows, FIELDS, f"benchmarks.dp_speed · {out.directory}")
 
 

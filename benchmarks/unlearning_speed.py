@@ -36,7 +36,7 @@ from jaxforget.data.tokens import IGNORED, Examples
 from jaxforget.errors import RunError, UserError
 from jaxforget.models import hub, llama
 from jaxforget.models.model import build
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.batches import Batches
 from jaxforget.training.optimizer import TrainConfig, set_schedule
@@ -379,17 +379,20 @@ def report(config: Config, out: Run, model, rows: list[dict[str, Any]]) -> None:
         axes.barh([row["name"] for row in shown], [row["speedup"] for row in shown], height=0.6, xerr=ends)
         axes.invert_yaxis()
         axes.axvline(1, color="0.5", lw=0.8)
-        axes.set(xlabel="time of a step in PyTorch / ours")
+        axes.set(xlabel="time of a step in PyTorch / ours", ylabel="method")
 
     weights = sum(x.size for x in jax.tree.leaves(model.shapes()))
-    lead = (f"{model.config.model_type}, {weights / 1e6:.1f} M parameters, {config.batch} forget rows of "
+    lead = ("How long does a step of each method take, here and in PyTorch? "
+            f"{model.config.model_type}, {weights / 1e6:.1f} M parameters, {config.batch} forget rows of "
             f"{config.length} tokens; {document['device']}.")  # fmt: skip
-    note = (f"Medians of {config.repeats} turns of {config.steps} steps. Speedup: time of PyTorch's turn / ours, with "
-            "the lowest and highest. Reference: when the starting model is read, on both sides. Loss difference: at "
-            "the first step.")  # fmt: skip
-    plot = f"<div class='plots'>{figure(draw)}</div>" if shown else ""
+    found = [f"`{row['name']}`: {cell(row['seconds_per_step'])} s a step"
+             + (f", {cell(row['speedup'])} times as fast as PyTorch" if row["speedup"] else "") + "." for row in rows]
+    note = (f"Medians of {config.repeats} turns of {config.steps} steps. Speedup: time of PyTorch's turn / ours, in "
+            "brackets the lowest and highest turn. Reference: when the starting model is read, on both sides. Loss "
+            "difference: at the first step.")  # fmt: skip
+    plot = plots(figure(draw, height=1.0 + 0.26 * len(shown))) if shown else ""
     write_page(out.directory / "report.html", "Time of an unlearning step", lead,
-               [("Methods", note, plot + table(rows, fields))], document["config"])  # fmt: skip
+               [("Methods", note, plot + table(rows, fields))], document["config"], found)  # fmt: skip
     command.print_table(rows, fields, f"benchmarks.unlearning_speed · {out.directory}")
 
 

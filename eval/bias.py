@@ -154,7 +154,7 @@ def run(config: Config) -> None:
         f"Baseline: {f'`{config.baseline}`' if config.baseline else 'none'}. In brackets 95 % intervals of "
         f"{config.resamples:,} bootstrap resamples. A change counts where its interval excludes 0. "
         f"{document['device']}.",
-        sections, document["config"], [sentence(row) for row in whole[:12]],
+        sections, document["config"], [sentence(row) for row in whole[:9]],
     )  # fmt: skip
     shown = [field for field in columns(whole) if field not in COUNTS]
     command.print_table(list(map(readable, whole)), shown, f"eval.bias · {out.directory}")
@@ -174,9 +174,9 @@ def readable(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """Say a measure with its interval, what it would be without stereotypes, and the change from the baseline."""
+    """Say a measure with its interval, its ideal, and the change from the baseline."""
     told = readable(row)
-    ideal = f"; without stereotypes {cell(row['ideal'])}" if row.get("ideal") is not None else ""
+    ideal = f"; ideal {cell(row['ideal'])}" if row.get("ideal") is not None else ""
     change = f"; change from the baseline {told['change']}" if row.get("change") is not None else ""
     return f"{row['name']}: {told['value']}{ideal}{change}."
 

@@ -27,6 +27,7 @@ from jaxforget.models import hub
 from jaxforget.models.quantize import quantized
 from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
+from jaxforget.report.terms import label, meaning
 from jaxforget.training.stage import finished
 from jaxforget.training.start import ComputeConfig, require_causal
 from jaxforget.unlearning import scoring
@@ -264,7 +265,8 @@ def report(out: Run, document: dict[str, Any], metrics: dict[str, Metric]) -> No
     parts = joined + [(name.capitalize(), m.columns, m.note, m.axes) for name, m in metrics.items()]
     for title, columns, note, axes in parts:
         fields = ["name", *(f for f in columns if any(row.get(f) is not None for row in rows))]
-        drawn = [figure(lambda one, columns=fields[1:]: bars(one, rows, columns[0]))] if len(fields) > 1 else []
+        drawn = [figure(lambda one, columns=fields[1:]: bars(one, rows, columns[0]), height=1.0 + 0.28 * len(rows))
+                 for _ in fields[1:2]]  # fmt: skip
         if axes and any(row.get(axes[0]) is not None and row.get(axes[1]) is not None for row in rows):
             drawn.append(figure(lambda one, axes=axes: scatter(one, rows, *axes)))
         body = table(rows, fields, mark=lambda row: row["name"] in YARDSTICKS)
@@ -273,10 +275,10 @@ def report(out: Run, document: dict[str, Any], metrics: dict[str, Metric]) -> No
         sections.append(("Notes", "What could not be computed, and why.", table(notes, ("name", "note"))))
     bits = out.config["quantize"]
     lead = "What did each model forget, and what does it still know? The goal of unlearning is the model that never "
-    lead += "saw the forget set: the row `retrained`. Intervals are over items."
+    lead += "saw the forget set: the row `retrained`. Intervals are over items; yardsticks are red in the plots."
     lead += f" Weights of all models went through {bits} bits." if bits else ""
     write_page(out.directory / "report.html", "Unlearning, evaluated", f"{lead} {document['device']}.", sections,
-               document["config"], [told(rows, columns) for _, columns, _, _ in parts])  # fmt: skip
+               document["config"], list(dict.fromkeys(told(rows, columns) for _, columns, _, _ in parts)))  # fmt: skip
 
 
 def told(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
@@ -286,7 +288,8 @@ def told(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
         return f"Nothing of {', '.join(columns[:3])} could be measured."
     field = measured[0]
     values = [f"`{row['name']}` {cell(row.get(field), row.get(f'{field}_ci95'))}" for row in rows[:8]]
-    return f"{field.replace('_', ' ').capitalize()}: {', '.join(values)}{', …' if len(rows) > 8 else ''}."
+    what = f" ({said.rstrip('.')})" if (said := meaning(field)) else ""
+    return f"{label(field).capitalize()}{what}: {', '.join(values)}{', …' if len(rows) > 8 else ''}."
 
 
 def bars(axes, rows: list[dict[str, Any]], field: str) -> None:
@@ -295,7 +298,7 @@ def bars(axes, rows: list[dict[str, Any]], field: str) -> None:
     colours = ["#c0392b" if row["name"] in YARDSTICKS else "C0" for row in shown]
     spans = [row.get(f"{field}_ci95") or 0.0 for row in shown]
     axes.barh(range(len(shown)), [row[field] for row in shown], xerr=spans, color=colours, height=0.6)
-    axes.set(yticks=range(len(shown)), yticklabels=[row["name"] for row in shown], xlabel=field.replace("_", " "),
+    axes.set(yticks=range(len(shown)), yticklabels=[row["name"] for row in shown], xlabel=label(field),
              ylabel="model")  # fmt: skip
 
 
@@ -307,7 +310,7 @@ def scatter(axes, rows: list[dict[str, Any]], x: str, y: str) -> None:
             marker, colour, size = style or ("o", f"C{index % 10}", 45)
             axes.errorbar(row[x], row[y], xerr=row.get(f"{x}_ci95"), yerr=row.get(f"{y}_ci95"), color=colour, lw=1)
             axes.scatter(row[x], row[y], marker=marker, color=colour, s=size, label=row["name"], zorder=3)
-    axes.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    axes.set(xlabel=label(x), ylabel=label(y))
     axes.legend()
 
 

@@ -87,8 +87,10 @@ def cell(value: Any, interval: Any = None) -> str:
         return ", ".join(map(cell, value))
     if not isinstance(value, (int, float)):
         return str(value)
-    text = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    half = "" if not interval else f" ±{interval:,.0f}" if interval >= 100 else f" ±{interval:.2g}"
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.4g}"
+    if not interval or interval < 1e-9 * abs(value):  # of rounding
+        return text
+    half = f" ±{interval:,.0f}" if interval >= 100 else f" ±{interval:.2g}"
     return text + half
 
 

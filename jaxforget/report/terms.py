@@ -113,6 +113,19 @@ MEANINGS = {
     r"fits": "Devices whose memory holds the step.",
 }  # fmt: skip
 
+UNITS = {
+    r"(\w+_)?nll": "nats/token",
+    r"(\w+_)?accuracy|retain_perplexity_change|privleak|sign|sign_centred|top_recall": "%",
+    r"verbmem|knowmem_\w+": "0 to 100",
+    r"(\w+_)?seconds": "s",
+}
+
+
+def label(field: str) -> str:
+    """Name a field for the axis of a plot, with its unit if it has one."""
+    unit = next((unit for pattern, unit in UNITS.items() if re.fullmatch(pattern, field)), None)
+    return field.replace("_", " ") + (f" ({unit})" if unit else "")
+
 
 def meaning(field: str) -> str | None:
     """Say what a column means: the first pattern that fits the whole name, its groups put into the sentence."""
