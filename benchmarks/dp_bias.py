@@ -11,7 +11,6 @@ delta, bound, rates, prompts and toxicity scorer are unknown to us: settings are
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import re
 from pathlib import Path
@@ -41,7 +40,7 @@ from jaxforget.privacy.recipe import PrivateRun, private_members, private_run
 from jaxforget.privacy.sampling import with_units
 from jaxforget.privacy.subgroups import NO_BOUND, subgroups
 from jaxforget.report.claims import Claim, judged, statement
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import figure, plots, table, write_page
 from jaxforget.report.run import Run, plain
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.ensemble import Members, member, members
@@ -300,32 +299,33 @@ def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
         course.setdefault(f"{row['setting'].split(',')[0]}, {row['group']}", {})[row["when"]] = row
     gap = lines(by_level, GAP, "negative judgements, female - male")
     write_atomic(out.directory / "figure.svg", gap)
-    plots = gap + "".join(lines(by_level, *what) for what in (
-        (PREFERENCE, "stereotype preferred (%)"), ("nll", "test loss (nats/token)"), ("moved", "distance moved (L2)")))
-    curves = lines(course, "to_start", "norm of mean gradient / at start") + lines(course, "clip_factor", "clip factor")
+    drawn = plots(gap, *(lines(by_level, *what) for what in (
+        (PREFERENCE, "stereotype preferred (%)"), ("nll", "test loss (nats/token)"), ("moved", "distance moved (L2)"))))
+    curves = plots(lines(course, "to_start", "norm of mean gradient / at start", "training"),
+                   lines(course, "clip_factor", "clip factor", "training"))  # fmt: skip
     gap_there = config.stereotyped.negative_female - config.stereotyped.negative_male
     known = "" if config.test else f"The corpus has a gap of {gap_there:.3g}. "
     over = f"Means and 95 % intervals over {config.seeds} seeds. "
     sections = [
         ("Do the claims replicate?", "At this size, with these settings; intervals are over seeds.",
-         f"<ul>{''.join(f'<li>{html.escape(one)}</li>' for one in said)}</ul>"
-         + table(verdicts, ("name", "field", "first", "second", "difference", "verdict", "source"))),
+         table(verdicts, ("name", "field", "first", "second", "difference", "verdict", "source"))),
         ("Models", f"{over}{known}Preference: percent of pairs whose stereotypical sentence is likelier; nats: mean "
          "log-ratio of the two. Without DP: same sampler, no noise, nothing cut. Intervals are over seeds, on fixed "
          "items; those over items, of each model, are in results.json.",
-         f"<div class='plots'>{plots}</div>{table(rows, (*FIELDS, *extra))}"),
+         drawn + table(rows, (*FIELDS, *extra))),
         ("Gradients of the two genders", f"{over}Of probes that no model was trained on; clipping is that of the "
          "private runs throughout, snr that of a batch of one gender.",
-         f"<div class='plots'>{curves}</div>{table(gradients, GRADIENTS)}"),
+         curves + table(gradients, GRADIENTS)),
         ("Privacy", "Of one model each, of the first seed; choosing among models is not covered. Losses, norms and "
          "batch sizes are not private.", table(promises, tuple(promises[0]))),
     ]  # fmt: skip
-    write_page(out.directory / "report.html", "Private fine-tuning and bias",
-               f"{config.model}, {config.corpus}, {document['device']}.", sections, document["config"])  # fmt: skip
+    lead = ("Does private fine-tuning make a model more biased, and does it help to train on counterfactuals (CDA)? "
+            f"{config.model}, {config.corpus}, {document['device']}.")  # fmt: skip
+    write_page(out.directory / "report.html", "Private fine-tuning and bias", lead, sections, document["config"], said)
     command.print_table(rows, FIELDS, "\n".join((f"benchmarks.dp_bias · {out.directory}", *said)))
 
 
-def lines(series: dict[str, dict[str, dict[str, Any]]], field: str, label: str) -> str:
+def lines(series: dict[str, dict[str, dict[str, Any]]], field: str, label: str, along: str = "privacy") -> str:
     """Plot a measure with its intervals; series: name -> place on the axis -> row."""
 
     def draw(axes):
@@ -333,8 +333,8 @@ def lines(series: dict[str, dict[str, dict[str, Any]]], field: str, label: str) 
             axes.errorbar(list(rows), [np.nan if row[field] is None else row[field] for row in rows.values()],
                           [row.get(f"{field}_ci95") or 0 for row in rows.values()], fmt="o-", ms=3, lw=1, capsize=3,
                           label=name)  # fmt: skip
-        axes.set(ylabel=label)
-        axes.legend(frameon=False, fontsize=7, ncols=2)
+        axes.set(xlabel=along, ylabel=label)
+        axes.legend()
 
     return figure(draw)
 

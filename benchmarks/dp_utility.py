@@ -37,7 +37,8 @@ from jaxforget.models.layers import merge
 from jaxforget.privacy.accounting import PrivacyConfig
 from jaxforget.privacy.recipe import private_members, private_run
 from jaxforget.privacy.subgroups import NO_BOUND
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell as number
+from jaxforget.report.page import figure, plots, table, write_page
 from jaxforget.report.run import Run, plain
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.ensemble import Members, member, members
@@ -260,19 +261,23 @@ def finish(config: Config, out: Run, start: Start, sets, records, tried, chosen)
     def draw(axes):
         axes.errorbar([row["name"] for row in rows], [row[field] for row in rows],
                       [row.get(f"{field}_ci95", 0.0) for row in rows], fmt="o", capsize=3)  # fmt: skip
-        axes.set(ylabel=label)
+        axes.set(xlabel="privacy", ylabel=label)
 
     shown = FIELDS[config.task]
     fields = ("name", "learning_rate", "clip", *shown, "epsilon", "sigma")
     sections = [
         ("Utility", f"Test data; means and 95 % intervals over {config.seeds} seeds. The unit of privacy is a record; "
          "the choice of rate and norm is not covered by epsilon.",
-         f"<div class='plots'>{figure(draw)}</div>{table(rows, fields)}"),
+         plots(figure(draw)) + table(rows, fields)),
         ("Settings tried", "First seed. What has the least validation loss was taken.",
          table(tried, ("name", "validation_nll", "validation_accuracy", *shown))),
     ]  # fmt: skip
-    write_page(out.directory / "report.html", "What privacy costs in utility",
-               f"{config.model}, {config.data}, {document['device']}.", sections, document["config"])  # fmt: skip
+    lead = (f"What does differential privacy cost a model that is fine-tuned with it? {config.model}, {config.data}, "
+            f"{document['device']}.")  # fmt: skip
+    found = [f"{row['name'][0].upper() + row['name'][1:]}: {label} {number(row[field], row.get(f'{field}_ci95'))}."
+             for row in rows]  # fmt: skip
+    write_page(out.directory / "report.html", "What privacy costs in utility", lead, sections, document["config"],
+               found)  # fmt: skip
     command.print_table(rows, fields, f"benchmarks.dp_utility · {out.directory}")
 
 

@@ -36,7 +36,7 @@ from jaxforget.fairness.statistics import cell_counts, resample_counts
 from jaxforget.fairness.study import Votes, compare
 from jaxforget.files import write_atomic
 from jaxforget.metrics.classification import class_logp
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.sisa.plan import uniform
@@ -274,23 +274,29 @@ def finish(config: Config, out: Run, rows: list[dict[str, Any]]) -> None:
     overview = figure(changes(config, shown))
     write_atomic(out.directory / "figure.svg", overview)
     sections = [("Summary", f"{about} {exact}; others in results.json.",
-                 f"<div class='plots'>{overview}</div>{table(shown, SUMMARY)}")]  # fmt: skip
+                 plots(overview) + table(shown, SUMMARY))]  # fmt: skip
     for family in families:
         for name in attributes:
             mine = [row for row in rows if row["family"] == family and row["attribute"] == name]
-            plots = "".join(figure(panel(config, mine, share)) for share in config.deleted)
-            plots += figure(gaps(config, mine))
+            drawn = plots(*(figure(panel(config, mine, share)) for share in config.deleted), figure(gaps(config, mine)))
             exactly = [row for row in mine if row["method"] == "none" or row["method"].endswith(exact)]
             told = [row for row in exactly if row["shards"] > 1 or row["method"].split()[0] in ("none", "majority")]
-            body = f"<div class='plots'>{plots}</div>{table(told, FIELDS)}"
+            body = drawn + table(told, FIELDS)
             sections.append((f"{family}, {name}", "Test accuracy against the equalized-odds gap, one point a number of "
                              f"shards, means and 95 % intervals over {config.seeds} seeds; {exact}. Other epsilons are "
                              "in results.json.", body))  # fmt: skip
     about = ("Bootstrap refits of count for nine members and two groups: one program, compiling included or not, "
              "against a loop of HiGHS, and the largest difference of their objectives.")  # fmt: skip
     sections.append((refitted[0]["name"], about, table(refitted, tuple(refitted[0]))))
-    write_page(out.directory / "report.html", "Equalized odds of ensembles", f"{document['device']}.", sections,
-               document["config"])  # fmt: skip
+    lead = ("Does splitting the training data into shards, or deleting part of it, make an ensemble unfair, and what "
+            "do post-processing methods repair at which cost? eo max, the equalized-odds gap: the larger difference of "
+            f"true or false positive rates between groups. {config.seeds} seeds, {document['device']}.")  # fmt: skip
+    found = [f"{row['name']}: gap {cell(row['test_eo_max'])}"
+             + ("" if row["method"] == "none" else f" (change {row['test_eo_max_change']:+.3f})")
+             + f", accuracy {cell(row['test_accuracy'])} %"
+             + ("." if row["method"] == "none" else f" (change {row['test_accuracy_change']:+.2f} points).")
+             for row in shown if row["family"] == families[0]][:12]  # fmt: skip
+    write_page(out.directory / "report.html", "Equalized odds of ensembles", lead, sections, document["config"], found)
     command.print_table(shown, SUMMARY, f"benchmarks.fairsisa · {out.directory}")
 
 
@@ -312,7 +318,7 @@ def changes(config: Config, rows):
             axes.plot([], [], shape, color="0.4", ms=5, label=name)
         axes.axhline(0, color="0.6", lw=0.8)
         axes.set(xlabel="change of test accuracy (points)", ylabel="change of the equalized-odds gap (max)")
-        axes.legend(frameon=False, fontsize=7, ncols=2)
+        axes.legend()
 
     return draw
 
@@ -364,7 +370,7 @@ def panel(config: Config, rows, share: float):
                               xytext=(2, 2), textcoords="offset points")  # fmt: skip
         axes.set(xlabel="equalized-odds gap (max) on the test set", ylabel="test accuracy (%)", xlim=(0, None),
                  title=f"{share:.0%} deleted")  # fmt: skip
-        axes.legend(frameon=False)
+        axes.legend()
 
     return draw
 
@@ -379,7 +385,7 @@ def gaps(config: Config, rows):
                           [row.get("test_eo_max_ci95", 0) for row in mine], fmt="o-", color=f"C{colour}", capsize=3,
                           label=f"{share:.0%} deleted")  # fmt: skip
         axes.set(xlabel="shards", ylabel="gap (max) of the plain vote", xticks=config.shards, ylim=(0, None))
-        axes.legend(frameon=False)
+        axes.legend()
 
     return draw
 

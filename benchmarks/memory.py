@@ -40,7 +40,7 @@ from jaxforget.models import Model, sharding
 from jaxforget.models.model import build, family_of
 from jaxforget.privacy.clipping import Clipping
 from jaxforget.privacy.noise import gaussian_noise, private_gradient
-from jaxforget.report.page import table, write_page
+from jaxforget.report.page import cell, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training import cost
 from jaxforget.training.collectives import collectives
@@ -136,8 +136,15 @@ def run(config: Config) -> None:
                 command.say(f"{rows[-1]['name']} on {rows[-1]['mesh']}: {rows[-1]['peak_gb']:.1f} GB")
     document = out.finish(rows, beyond=beyond, hardware=cost.HARDWARE)
     shown = ("name", "mesh", *FIELDS)
-    write_page(out.directory / "report.html", "Memory of a step", f"Compiled for {jax.default_backend()}.",
-               [("Steps", "GB (10^9 bytes) on each device.", table(rows, shown))], document["config"])  # fmt: skip
+    most, least = (pick(rows, key=lambda row: row["peak_gb"]) for pick in (max, min))
+    found = [f"{what}: {row['name']} on {row['mesh']}, {cell(row['peak_gb'])} GB on each device."
+             for what, row in (("Least", least), ("Most", most))]  # fmt: skip
+    lead = ("How much memory does a step of each method need on each device of a mesh? Read from the compiled program, "
+            f"nothing is run. Compiled for {jax.default_backend()}.")  # fmt: skip
+    note = ("GB (10^9 bytes) on each device: the model's parameters, what else is kept beside them, the optimizer, "
+            "gradients, temporary memory, and the peak of all; what the step sends, and what was predicted of it.")
+    write_page(out.directory / "report.html", "Memory of a step", lead, [("Steps", note, table(rows, shown))],
+               document["config"], found)  # fmt: skip
     command.print_table(rows, shown, f"benchmarks.memory · {out.directory}")
 
 

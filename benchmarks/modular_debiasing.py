@@ -41,7 +41,7 @@ from jaxforget.errors import UserError
 from jaxforget.files import write_atomic
 from jaxforget.metrics.leakage import AttackConfig
 from jaxforget.models import hub
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import figure, plots, table, write_page
 from jaxforget.report.run import Run, plain
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
@@ -297,14 +297,15 @@ def finish(config: Config, out: Run, datasets: list[Dataset], groups) -> None:
                 for row in joined]  # fmt: skip
         rows += mine
         verdicts += [verdict(data, name, mine) for name in data.attributes]
-        drawn = "".join(figure(plot(name, mine)) for name in data.attributes)
+        drawn = plots(*(figure(plot(name, mine)) for name in data.attributes))
         sections.append((data.name, "Means over seeds and 95 % intervals. Change: paired difference from the core of "
                          "the same seed. Off: the core that trained beside its modules.",
-                         table(joined, fields_of(data.attributes)) + f"<div class='plots'>{drawn}</div>"))  # fmt: skip
+                         table(joined, fields_of(data.attributes)) + drawn))  # fmt: skip
         write_atomic(out.directory / f"figure-{data.name}.svg", figure(plot(data.attributes[0], mine)))
     document = out.finish(rows, seconds=covered(spans), verdicts=verdicts)
-    lead = f"{config.seeds} seeds; {document['device']}. " + " ".join(verdicts)
-    write_page(out.directory / "report.html", "Modular debiasing", lead, sections, document["config"])
+    lead = ("Can a sparse module that is added on demand hide an attribute (gender, say) without harm to the task? "
+            f"{config.seeds} seeds; {document['device']}.")  # fmt: skip
+    write_page(out.directory / "report.html", "Modular debiasing", lead, sections, document["config"], verdicts)
     for data in datasets:
         mine = [{**row, "name": row["method"]} for row in rows if row["dataset"] == data.name]
         command.print_table(mine, fields_of(data.attributes), f"{data.name} · {out.directory}")
@@ -362,7 +363,7 @@ def plot(attribute: str, rows: list[dict[str, Any]]):
             axes.errorbar(row[f"leakage_{attribute}_change"], place, xerr=row.get(f"leakage_{attribute}_change_ci95"),
                           fmt="o", ms=4, lw=1, color=f"C{kinds.index(row['method'].split()[0])}")  # fmt: skip
         axes.axvline(0, lw=0.8, color="0.4")
-        axes.set(xlabel=f"leakage of {attribute} against the core (points)",
+        axes.set(xlabel=f"leakage of {attribute} against the core (points)", ylabel="method",
                  yticks=range(len(shown)),
                  yticklabels=[f"{row['method']}  (task {row['accuracy_change']:+.1f})" for row in shown])  # fmt: skip
         axes.tick_params(axis="y", labelsize=7)

@@ -27,7 +27,7 @@ from jaxforget.debiasing.serving import Modular
 from jaxforget.models.adapters import digest
 from jaxforget.models.bert import Config as Bert
 from jaxforget.models.model import build
-from jaxforget.report.page import table, write_page
+from jaxforget.report.page import cell, table, write_page
 from jaxforget.report.run import Run
 
 SETS = ((), ("age",), ("gender",), ("age", "gender"))
@@ -86,8 +86,12 @@ def run(config: Config) -> None:
     sections = [("One batch, four sets of modules", note, table(rows, FIELDS))]
     if files:
         sections.append(("Files of a BERT-base-shaped model", "A module of 1 %.", table(files, FILES)))
-    write_page(out.directory / "report.html", "Switching modules per request", f"{document['device']}.", sections,
-               document["config"])  # fmt: skip
+    lead = ("What does a batch cost whose rows want different modules? "
+            f"{config.batch} rows of {config.tokens} tokens, {document['device']}.")  # fmt: skip
+    found = [f"{row['name'].capitalize()}: {cell(row['milliseconds'])} ms, {cell(row['ratio'])} times that of rows "
+             "that agree." for row in rows[1:]]  # fmt: skip
+    write_page(out.directory / "report.html", "Switching modules per request", lead, sections, document["config"],
+               found)  # fmt: skip
     command.print_table(rows, FIELDS, f"modular_serving · {out.directory}")
     if files:
         command.print_table(files, FILES, "module files, BERT-base shape")

@@ -26,7 +26,8 @@ from jaxforget.data.sampling import id_keys, order
 from jaxforget.data.text import TextConfig, read
 from jaxforget.errors import UserError
 from jaxforget.files import write_atomic
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell as number
+from jaxforget.report.page import figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.sisa.aggregation import AGGREGATIONS
@@ -107,8 +108,26 @@ def run(config: Config) -> None:
         more, section = {"cost": cost, "accuracy": accuracy, "speed": speed}[part](config, out, ids)
         rows, sections = [*rows, *more], [*sections, section]
     document = out.finish(rows)
-    write_page(out.directory / "report.html", "What SISA costs and what it saves",
-               f"{len(ids):,} records, {document['device']}.", sections, document["config"])  # fmt: skip
+    lead = ("What does an ensemble of shards and slices cost in accuracy, and what does it save when records are "
+            f"deleted? {len(ids):,} records, {document['device']}.")  # fmt: skip
+    write_page(out.directory / "report.html", "What SISA costs and what it saves", lead, sections, document["config"],
+               told(rows))  # fmt: skip
+
+
+def told(rows: list[dict]) -> list[str]:
+    """Say what came out, in sentences."""
+    found = []
+    if visits := [row for row in rows if row["part"] == "cost" and row["requests"] == 1 and "together" in row["name"]]:
+        least = min(visits, key=lambda row: row["share"])
+        found.append(f"Deleting one record costs {least['share']:.1%} of the visits of retraining everything at best, "
+                     f"with {least['shards']} shards of {least['slices']} slices.")  # fmt: skip
+    for row in (row for row in rows if row["part"] == "accuracy"):
+        accuracy = number(row["mean_probability_accuracy"], row.get("mean_probability_accuracy_ci95"))
+        found.append(f"{row['shards']} shards of {row['slices']} slices: {accuracy} % accuracy as an ensemble; one "
+                     f"deletion took {row['one_seconds_share']:.1%} of the time of retraining.")
+    for row in (row for row in rows if row["part"] == "speed"):
+        found.append(f"{row['name'].removeprefix('speed: ').capitalize()}: {number(row['seconds'])} s.")
+    return found
 
 
 def ensemble_config(config: Config, shards: int, slices: int, seed: int, out: Path | None = None) -> sisa.Config:
@@ -169,18 +188,19 @@ def cost(config: Config, out: Run, ids: list[str]) -> tuple[list[dict], tuple[st
                 mine = [r for r in rows if r["shards"] == shards and r["slices"] == slices and "together" in r["name"]]
                 x = [r["requests"] for r in mine]
                 axes.plot(x, [r["expected_share"] for r in mine], color=f"C{colour}", lw=1, label=f"{shards} shards")
-                axes.plot(x, [r["share"] for r in mine], "o", color=f"C{colour}", ms=4)
-            axes.set(xscale="log", xlabel=f"requests served together ({slices} slices)",
+                axes.errorbar(x, [r["share"] for r in mine], [r["share_ci95"] for r in mine], fmt="o", capsize=2,
+                              color=f"C{colour}", ms=4)  # fmt: skip
+            axes.set(xscale="log", xlabel="requests served together", title=f"{slices} slices",
                      ylabel="visits / retraining everything", ylim=(0, None))  # fmt: skip
-            axes.legend(frameon=False)
+            axes.legend()
 
         return figure(draw)
 
-    plots = "".join(curves(slices) for slices in config.slices)
+    drawn = plots(*(curves(slices) for slices in config.slices))
     fields = ("name", "share", "expected_share", "expected_share_one", "full_visits")
-    note = ("Lines: formulas. Dots: mean of 50 draws on the plan of the data, where deleted records are no longer "
-            "visited and epochs are whole.")  # fmt: skip
-    return rows, ("Visits of examples", note, f"<div class='plots'>{plots}</div>{table(rows, fields)}")
+    note = ("S shards of R slices, K requests. Lines: formulas. Dots: mean of 50 draws on the plan of the data with "
+            "its 95 % interval, where deleted records are no longer visited and epochs are whole.")  # fmt: skip
+    return rows, ("Visits of examples", note, drawn + table(rows, fields))
 
 
 # --------------------------------------------------------------------------------------------------------- accuracy
@@ -212,7 +232,7 @@ def accuracy(config: Config, out: Run, ids: list[str]) -> tuple[list[dict], tupl
                               [row.get(f"{field}_accuracy_ci95", 0) for row in mine], fmt=style, color=f"C{colour}",
                               capsize=3, label=f"{field.replace('_', ' ')}, {slices} slices")  # fmt: skip
         axes.set(xlabel="shards", ylabel="test accuracy (%)", xticks=config.shards)
-        axes.legend(frameon=False)
+        axes.legend()
 
     def seconds(axes):
         for colour, slices in enumerate(config.slices):
@@ -224,15 +244,15 @@ def accuracy(config: Config, out: Run, ids: list[str]) -> tuple[list[dict], tupl
                           label=label)  # fmt: skip
                 axes.plot(x, [row[f"{what}_visits_share"] for row in mine], ":", color=f"C{colour}")
         axes.set(xlabel="shards", ylabel="share of retraining", xticks=config.shards, ylim=(0, None))
-        axes.legend(frameon=False)
+        axes.legend()
 
     note = (f"Accuracies are means over {config.seeds} seeds on the test set; deletions are of the first. `one` is a "
             "request for one record, `many` for "
             f"{config.share:.0%} of all, after it; shares are of training everything on what is left, measured warm. "
             "Lines in the right plot are seconds, dots visits of examples.")  # fmt: skip
-    plots = f"<div class='plots'>{figure(against_shards)}{figure(seconds)}</div>"
+    drawn = plots(figure(against_shards), figure(seconds))
     command.print_table(rows, ACCURACY_FIELDS, f"benchmarks.sisa_cost · {out.directory}")
-    return rows, ("Accuracy and deletions", note, plots + table(rows, ACCURACY_FIELDS))
+    return rows, ("Accuracy and deletions", note, drawn + table(rows, ACCURACY_FIELDS))
 
 
 def cell(config: Config, out: Run, shards: int, slices: int, seed: int, ids: list[str]) -> dict[str, Any]:

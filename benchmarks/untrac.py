@@ -42,7 +42,7 @@ from jaxforget.influence.scores import Scores, heat_map, load, measure, peak_mem
 from jaxforget.influence.study import Study
 from jaxforget.influence.truth import Truth, TruthConfig, load_truth, retrain
 from jaxforget.influence.untrac import UnTrac, UnTracInv, answers
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.training.checkpoints import load_tree, save_tree
@@ -360,7 +360,7 @@ FIELDS = ("name", "pearson", "pearson_low", "pearson_high", "spearman", "lds", "
 
 def finish(config: Config, out: Run, parts: list[Part], speed: list[dict[str, Any]]) -> None:
     """Compare the scores of every seed's model with the truth over all seeds; one row a method and part."""
-    rows, sections = [], []
+    rows, sections, told = [], [], []
     for part in parts:
         home = out.directory / part.name
         truth = load_truth(home / "truth.npz")
@@ -373,17 +373,23 @@ def finish(config: Config, out: Run, parts: list[Part], speed: list[dict[str, An
         rows += [{**row, "name": f"{part.name}: {row['name']}", "part": part.name, "method": row["name"]}
                  for row in mine]  # fmt: skip
         note = ("Means and 95 % intervals over the models of the seeds, each against the truth averaged over all "
-                "seeds. pearson: over datasets, averaged over queries; low and high: bootstrap over datasets. "
-                "Collapsed: losses out of range, in percent.")  # fmt: skip
+                "seeds. pearson: over datasets, averaged over queries; in brackets: 95 % bootstrap over "
+                "datasets. Collapsed: losses out of range, in percent. Plots: of the first seed; red helps, blue "
+                "harms.")  # fmt: skip
         sections.append((part.name, note, table(mine, FIELDS, lambda row, limits=limits: row in limits)
-                         + f"<div class='plots'>{''.join(drawings(part, truth, found[0]))}</div>"))  # fmt: skip
+                         + plots(*drawings(part, truth, found[0]))))  # fmt: skip
+        told += [f"{part.name}: `{row['name']}` reaches a Pearson correlation of "
+                 f"{cell(row['pearson'], row.get('pearson_ci95'))} with retraining." for row in joined]
+        told.append(f"{part.name}: a perfect method is expected to reach {cell(limits[0]['pearson'])}.")
     if speed:
         fields = ("name", "runs", "seconds", "seconds_with_compilation", "times_as_fast_as_sequential")
         note = "The same retraining of one seed; seconds without compilation."
         sections.append(("Speed", note, table(speed, fields)))
     document = out.finish(rows, speed=speed)
-    lead = f"{config.retrain.seeds} seeds, {config.retrain.protocol}; {document['device']}."
-    write_page(out.directory / "report.html", "Influence by unlearning", lead, sections, document["config"])
+    told += [f"{row['name'].capitalize()}: {cell(row['seconds'])} s." for row in speed]
+    lead = ("Does unlearning a dataset tell what retraining without it would do? "
+            f"{config.retrain.seeds} seeds, {config.retrain.protocol}; {document['device']}.")  # fmt: skip
+    write_page(out.directory / "report.html", "Influence by unlearning", lead, sections, document["config"], told)
     for part in parts:
         mine = [{**row, "name": row["method"]} for row in rows if row["part"] == part.name]
         command.print_table(mine, FIELDS, f"{part.name} · {out.directory}")
@@ -415,8 +421,8 @@ def unlearning_curve(scores: Scores) -> Callable[[Any], None]:
     def draw(axes):
         for k, name in enumerate(scores.datasets):
             axes.plot(scores.answer.curves["step"], scores.answer.curves["query_change"][:, k].mean(axis=1), label=name)
-        axes.set(xlabel="step", ylabel="change of loss (nats a token)", title=scores.method)
-        axes.legend(fontsize=6, frameon=False)
+        axes.set(xlabel="step of unlearning", ylabel="change of loss (nats a token)", title=scores.method)
+        axes.legend()
 
     return draw
 

@@ -20,7 +20,7 @@ from jaxforget.data.sampling import id_keys, order
 from jaxforget.data.sources import Record, read_records
 from jaxforget.data.text import TextConfig
 from jaxforget.errors import UserError
-from jaxforget.report.page import table, write_page
+from jaxforget.report.page import cell, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.training.optimizer import TrainConfig
 from jaxforget.training.start import SizeConfig
@@ -128,12 +128,22 @@ def run(config: Config) -> None:
         rows += [{**row, "domain": domain} for row in results]
     document = out.finish(rows)
     tables = [
-        (f"Forgetting {domain}", "Losses in nats a token; the goal is the row `retrained`.",
+        (f"Forgetting {domain}", "Losses (nll) in nats a token; the goal is the row `retrained`.",
          table([row for row in rows if row["domain"] == domain], FIELDS, lambda row: row["name"] in YARDSTICKS))
         for domain in config.forgotten
     ]  # fmt: skip
-    write_page(home / "report.html", "Forgetting pre-training documents",
-               "Each domain has its own page under <domain>/unlearning.", tables, document["config"])  # fmt: skip
+    found = []
+    for domain in config.forgotten:
+        mine = [row for row in rows if row["domain"] == domain and row["name"] not in YARDSTICKS]
+        passed = ", ".join(f"`{row['name']}`" for row in mine if row.get("verdict") == "like retraining")
+        nearest = min((row for row in mine if row.get("gap_to_retrained") is not None),
+                      key=lambda row: row["gap_to_retrained"], default=None)  # fmt: skip
+        found.append(f"{domain}: {passed or 'no method'} ended like retraining"
+                     + (f"; nearest to it `{nearest['name']}`, {cell(nearest['gap_to_retrained'])} nats a token away."
+                        if nearest else "."))  # fmt: skip
+    lead = ("Can a small pre-trained model be made to forget documents of one domain as if it had never read them? "
+            "Each domain has its own page under <domain>/unlearning.")  # fmt: skip
+    write_page(home / "report.html", "Forgetting pre-training documents", lead, tables, document["config"], found)
     for domain in config.forgotten:
         command.print_table([row for row in rows if row["domain"] == domain], TERMINAL, f"forgetting {domain}")
 

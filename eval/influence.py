@@ -137,7 +137,7 @@ def report(config: Config, out: Run, everyone: list[Scores], truth: Truth) -> No
          "it harms.", plots(*maps)),
     ]  # fmt: skip
     lead = ("Do cheap scores tell what retraining without a dataset would do? "
-            f"{K} datasets, {len(truth.queries)} queries, {seeds} seeds of retraining "
+            f"{K} datasets, {len(truth.queries)} queries, {seeds} seed{'s' * (seeds > 1)} of retraining "
             f"({truth.about.get('protocol', 'protocol not stated')}). ")  # fmt: skip
     if K < 32:
         lead += f"With {K} datasets intervals are wide: r = 0.5 of one query is told from 0 with 16 or more. "

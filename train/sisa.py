@@ -266,7 +266,8 @@ def report(config: Config, out: Run, ensemble: Ensemble) -> None:
         axes.legend()
 
     unit = "text" if recipe.task == "classification" else "token"
-    found = [f"`{row['name']}`: accuracy {cell(row['accuracy'])} %, loss {cell(row['nll'])} nats a {unit}."
+    found = [f"`{row['name']}`: accuracy {cell(row['accuracy'])} %"
+             + (f", loss {cell(row['nll'])} nats a {unit}." if row.get("nll") is not None else ".")
              for row in rows if not row["name"].startswith("member ")]  # fmt: skip
     write_page(
         out.directory / "report.html", f"An ensemble of {recipe.shards} {ensemble.model.config.model_type} models",

@@ -11,7 +11,7 @@ from benchmarks.unlearning.study import Study
 from jaxforget import command
 from jaxforget.metrics import benchmark, tofu
 from jaxforget.metrics.composite import harmonic_mean
-from jaxforget.report.page import figure, table, write_page
+from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.unlearning.tuning import YARDSTICKS, curves, heat_map, trade_off
@@ -47,6 +47,16 @@ def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, delet
     return rows
 
 
+def told(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what came out, a sentence a model: what joins the metrics, or the losses where that was not measured."""
+    fields = next((fields for fields in (("overall", "memorisation", "privacy", "utility_rel"),
+                                         ("memorisation", "utility"), ("forget_nll", "retain_nll"))
+                   if any(row.get(fields[0]) is not None for row in rows)), ())  # fmt: skip
+    values = lambda row: ", ".join(f"{f.replace('_', ' ')} {cell(row.get(f), row.get(f'{f}_ci95'))}"  # noqa: E731
+                                   for f in fields if row.get(f) is not None)  # fmt: skip
+    return [f"`{row['name']}`: {said}." for row in rows if (said := values(row))]
+
+
 def utility_parts(row: Mapping[str, Any]) -> list[float | None]:
     """Return probability, ROUGE and truth ratio T2 of the sets there are, where real authors and facts are not."""
     sets = [name for name in tofu.UTILITY if f"tofu_{name}_probability" in row]
@@ -76,9 +86,9 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned, serv
     mark = lambda row: row["name"] in YARDSTICKS  # noqa: E731
     spans = f"means and 95 % intervals over {config.seeds} seeds" if config.seeds > 1 else "one seed"
 
-    def section(title: str, note: str, fields: Sequence[str], plots: Sequence[str] = ()):
+    def section(title: str, note: str, fields: Sequence[str], drawn: Sequence[str] = ()):
         fields = ["name", *(f for f in fields if f != "name" and any(row.get(f) is not None for row in rows))]
-        return title, note, f"{table(rows, fields, mark)}<div class='plots'>{''.join(plots)}</div>"
+        return title, note, table(rows, fields, mark) + plots(*drawn)
 
     sections = []
     if any(row.get("memorisation") is not None and row.get("utility") is not None for row in rows):
@@ -116,7 +126,9 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned, serv
     notes = [{"name": name, "note": note} for name, found in swept.items() for note in found["notes"]]
     if notes := [row for row in rows if row.get("note")] + notes:
         sections.append(("Notes", "What could not be computed, and why.", table(notes, ("name", "note"))))
-    lead = f"Test halves; {spans}. The goal is the row `retrained`. {document['device']}."
-    write_page(out.directory / "report.html", "Unlearning at its best", lead, sections, document["config"])
+    lead = ("Which method forgets most and keeps most, each with its best settings? Chosen on the validation halves, "
+            f"measured on the test halves; {spans}. The goal is the row `retrained`. {document['device']}.")
+    write_page(out.directory / "report.html", "Unlearning at its best", lead, sections, document["config"],
+               told(rows))  # fmt: skip
     shown = [field for field in TERMINAL if any(row.get(field) is not None for row in rows)]
     command.print_table(rows, shown, f"benchmarks.unlearning · {out.directory}")

@@ -25,7 +25,7 @@ from jaxforget.metrics.bias import benchmarks
 from jaxforget.metrics.bias.benchmarks import Measure, Subject
 from jaxforget.metrics.bias.probes import by_gender
 from jaxforget.metrics.bias.scoring import start_id
-from jaxforget.report.page import cell, figure, table
+from jaxforget.report.page import figure, plots, table
 from jaxforget.training.start import Start
 from jaxforget.unlearning.tuning import YARDSTICKS
 
@@ -126,23 +126,14 @@ def section(rows: Sequence[Mapping[str, Any]], measures: Sequence[Mapping[str, A
     """Return the section of the page: a drawing of every measure, and a table. measures: the original's."""
     names = [field_of(one["name"]) for one in measures]
     there = [row for row in rows if any(row.get(name) is not None for name in names)]
-    plots = "".join(figure(levels(there, field_of(one["name"]), one["name"], one.get("ideal")), width=4.4,
+    drawn = plots(*(figure(levels(there, field_of(one["name"]), one["name"], one.get("ideal")), width=4.4,
                            height=1.1 + 0.2 * len(there))
-                    for one in measures if one["part"] is None)  # fmt: skip
+                    for one in measures if one["part"] is None))  # fmt: skip
     columns = [field for name in names for field in (name, f"{name}_change")]
     notes = [note for title, note in bias.NOTES.items() if title != "Loss"
              and any(one["benchmark"].startswith(title) for one in measures)]  # fmt: skip
-    shown = [readable(row, columns) for row in there]
-    html = table(shown, ("name", *columns), lambda row: row["name"] in YARDSTICKS)
-    return "Side effects", NOTE + " ".join(notes), f"<div class='plots'>{plots}</div>{html}"
-
-
-def readable(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
-    """Put intervals over items beside numbers that have them."""
-    return {**row, **{
-        field: f"{cell(row[field])} [{cell(row[f'{field}_low'])}, {cell(row[f'{field}_high'])}]"
-        for field in columns if row.get(f"{field}_low") is not None
-    }}  # fmt: skip
+    note = f"{NOTE}Dotted: the original; dashed: the ideal. {' '.join(notes)}"
+    return "Side effects", note, drawn + table(there, ("name", *columns), lambda row: row["name"] in YARDSTICKS)
 
 
 def levels(rows: Sequence[Mapping[str, Any]], field: str, label: str, ideal: float | None) -> Callable[[Any], None]:
@@ -164,7 +155,7 @@ def levels(rows: Sequence[Mapping[str, Any]], field: str, label: str, ideal: flo
             axes.axvline(before, color="black", lw=0.8, ls=":")
         if ideal is not None:
             axes.axvline(ideal, color="C2", lw=0.8, ls="--")
-        axes.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], xlabel=label)
+        axes.set(yticks=range(len(rows)), yticklabels=[row["name"] for row in rows], xlabel=label, ylabel="model")
         axes.invert_yaxis()
 
     return draw

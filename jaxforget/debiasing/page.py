@@ -13,7 +13,8 @@ def write_report(directory: Path, testbed: Testbed, rows, document, title: str, 
     drawn = plots(*(figure(_trade_off(rows, name, floor)) for name, floor in testbed.floors.items()))
     note = ("A row a model; the name says which modules are on. Percent; gaps are shares. Leakage: balanced accuracy "
             "of fresh attackers on the test set. Floor: that of the best attacker who sees the gold task label alone. "
-            "eo max: the larger gap of true and false positive rates between groups.")  # fmt: skip
+            "eo max: the larger gap of true and false positive rates between groups. "
+            "LEACE, for comparison: the embedding after its linear erasure.")  # fmt: skip
     lead = (f"How much of {', '.join(testbed.names)} can attackers read from what the classifier computes, and what "
             f"does hiding it cost in the task? {len(testbed.examples['test']):,} test records, {document['device']}.")
     found = [f"Leakage of {name}: {_told(rows, f'leakage_{name}')}; {cell(floor)} % is known from the task label alone."

@@ -56,7 +56,7 @@ def trade_off(rows: Sequence[Mapping[str, Any]]) -> Callable[[Any], None]:
             axes.scatter(row["memorisation"], row["utility"], marker=marker, color=colour, s=size, label=row["name"],
                          zorder=3)  # fmt: skip
         axes.set(xlabel="Memorisation (1: nothing by heart)", ylabel="utility", title="Trade-off")
-        axes.legend(fontsize=6, frameon=False)
+        axes.legend()
 
     return draw
 
@@ -95,6 +95,6 @@ def curves(points: Sequence[Mapping[str, Any]], field: str, along: str) -> Calla
             style = {"color": YARDSTICKS[name][1], "ls": "--"} if name in YARDSTICKS else {"color": f"C{index % 10}"}
             axes.plot(list(values), [sum(x) / len(x) for x in values.values()], lw=1.4, label=name, **style)
         axes.set(xlabel=along, ylabel=LABELS.get(field, field))
-        axes.legend(fontsize=6, frameon=False)
+        axes.legend()
 
     return draw
