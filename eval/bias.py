@@ -149,7 +149,7 @@ def run(config: Config) -> None:
     whole = [row for row in document["results"] if row["part"] is None]
     whole = whole or document["results"]
     write_page(
-        out.directory / "report.html", f"Stereotypes in {config.model}",
+        out.directory / "report.html", f"Stereotypes in {Path(config.model).name}",
         "Which stereotypes does the model prefer, and how do groups differ? "
         f"Baseline: {f'`{config.baseline}`' if config.baseline else 'none'}. In brackets 95 % intervals of "
         f"{config.resamples:,} bootstrap resamples. A change counts where its interval excludes 0. "

@@ -82,7 +82,7 @@ def run(config: Config) -> None:
     out.begin()
     rows = measured(testbed, model, params, modules, config.compose, config.attack, config.seeds)
     document = out.finish(rows, labels=model.config.labels, attributes=names)
-    write_report(out.directory, testbed, rows, document, f"What {config.model} tells")
+    write_report(out.directory, testbed, rows, document, f"What {Path(config.model).name} tells")
     command.print_table(rows, testbed.fields(), f"eval.leakage · {out.directory}")
 
 

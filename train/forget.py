@@ -190,8 +190,8 @@ def report(out: Run, requests, checks, notes, seconds: float) -> None:
                          table(said, ("name", "same", "served", "from_scratch"))))  # fmt: skip
     found = [f"Requests committed: {len(receipts)}, in {cell(total['seconds'])} s."]
     if shares := [one["share_of_retraining"] for one in rows if one.get("share_of_retraining") is not None]:
-        found.append(f"A request visited {cell(min(shares))} to {cell(max(shares))} of the examples that training "
-                     "everything that is left would visit.")  # fmt: skip
+        span = " to ".join(f"{share:.1%}" for share in sorted({min(shares), max(shares)}))
+        found.append(f"A request took {span} of the visits of examples that training everything that is left takes.")
     if checks:
         found.append(f"Verified against training from scratch: {total['stages_verified']} stages, "
                      f"{total['stages_different']} of them different.")  # fmt: skip

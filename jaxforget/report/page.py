@@ -100,10 +100,11 @@ def table(
     """Render rows as an HTML table that sorts; `mark` highlights yardstick rows.
 
     Behind a number stands its interval: ± <field>_ci95, or <field>_low and <field>_high in brackets, where the row has
-    them; columns of those two are left out. Below the table stands what its columns mean.
+    them; columns of those two are left out, and those without any value. Below the table stands what columns mean.
     """
     ends = [field for field in fields if re.sub("_(low|high)$", "", field) in set(fields) - {field}]
-    fields = [field for field in fields if field not in ends]
+    known = [field for field in fields if any(row.get(field) is not None for row in rows)]
+    fields = [field for field in known if field not in ends]
     texts = [[_spanned(row, field) for field in fields] for row in rows]
     kinds = [_kind([row.get(field) for row in rows], column) for field, column in zip(fields, zip(*texts))]
     heads = [html.escape(field.replace("_", " ")) for field in fields]
@@ -116,9 +117,9 @@ def table(
     said = [f"{len(rows)} rows; press a heading to sort."] if len(rows) > 1 else []
     said += ["±: half of the 95 % interval."] if any(" ±" in one for one in body) else []
     said += ["–: does not apply or was not measured."] if any(">–<" in one for one in body) else []
-    known = [(field.replace("_", " "), text) for field in fields if (text := meaning(field))]
-    terms = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in known)
-    terms = f"<details><summary>What the columns mean</summary><dl>{terms}</dl></details>" if known else ""
+    terms = "".join(f"<dt>{html.escape(field.replace('_', ' '))}</dt><dd>{html.escape(text)}</dd>"
+                    for field in fields if (text := meaning(field)))  # fmt: skip
+    terms = f"<details><summary>What the columns mean</summary><dl>{terms}</dl></details>" if terms else ""
     return (f"<figure><div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
             f"</div><figcaption>{' '.join(said)}{terms}</figcaption></figure>")  # fmt: skip
 

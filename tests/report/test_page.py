@@ -22,7 +22,7 @@ ROWS = [
      "gap_high": 0.2, "note": "a note that is long enough to need several lines", "seconds": 950},
     {"name": "delta", "accuracy": math.nan, "change": "+7.5 %", "gap": 1e-3, "note": "medium", "seconds": 1200},
 ]  # fmt: skip
-FIELDS = ("name", "accuracy", "change", "gap", "gap_low", "gap_high", "note", "seconds")
+FIELDS = ("name", "accuracy", "change", "gap", "gap_low", "gap_high", "absent", "note", "seconds")
 
 
 def draw(axes):
@@ -55,7 +55,8 @@ def test_a_page_is_one_file_that_explains_itself(page):
     text = page.read_text()
     found = pages.check(text)
     assert len(found.tables) == 2 and len(found.plots) == 2
-    names, accuracy, change, gap, note, _ = zip(*found.tables[0]["rows"])  # without the ends of the interval
+    # Without the ends of the interval, and what is absent.
+    names, accuracy, change, gap, note, _ = zip(*found.tables[0]["rows"])
     assert names == ("alpha", "beta <b>", "gamma", "delta")
     assert accuracy == ("9.5 ±0.25", "10.25 ±0.5", "-3", "–") and change[0] == "+66 %" and note[1] == "–"
     assert gap == ("0.2 [0.1, 0.3]", "–", "0.1235 [0.05, 0.2]", "0.001")
