@@ -307,7 +307,9 @@ def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
     known = "" if config.test else f"The corpus has a gap of {gap_there:.3g}. "
     over = f"Means and 95 % intervals over {config.seeds} seeds. "
     sections = [
-        ("Do the claims replicate?", "At this size, with these settings; intervals are over seeds.",
+        ("Do the claims replicate?", "At this size, with these settings. Difference: of `field` between the first "
+         "setting and the second. replicates: its 95 % interval over seeds lies where the claim says; opposite: on the "
+         "other side of 0; not established: it holds 0.",
          table(verdicts, ("name", "field", "first", "second", "difference", "verdict", "source"))),
         ("Models", f"{over}{known}Preference: percent of pairs whose stereotypical sentence is likelier; nats: mean "
          "log-ratio of the two. Without DP: same sampler, no noise, nothing cut. Intervals are over seeds, on fixed "

@@ -274,7 +274,7 @@ def finish(config: Config, out: Run, start: Start, sets, records, tried, chosen)
     ]  # fmt: skip
     lead = (f"What does differential privacy cost a model that is fine-tuned with it? {config.model}, {config.data}, "
             f"{document['device']}.")  # fmt: skip
-    found = [f"{row['name'][0].upper() + row['name'][1:]}: {label} {number(row[field], row.get(f'{field}_ci95'))}."
+    found = [f"`{row['name']}`: {label} {number(row[field], row.get(f'{field}_ci95'))}."
              for row in rows]  # fmt: skip
     write_page(out.directory / "report.html", "What privacy costs in utility", lead, sections, document["config"],
                found)  # fmt: skip

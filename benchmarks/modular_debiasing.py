@@ -297,11 +297,12 @@ def finish(config: Config, out: Run, datasets: list[Dataset], groups) -> None:
                 for row in joined]  # fmt: skip
         rows += mine
         verdicts += [verdict(data, name, mine) for name in data.attributes]
-        drawn = plots(*(figure(plot(name, mine)) for name in data.attributes))
+        tall = 1.0 + 0.18 * len(mine)
+        drawn = plots(*(figure(plot(name, mine), height=tall) for name in data.attributes))
         sections.append((data.name, "Means over seeds and 95 % intervals. Change: paired difference from the core of "
                          "the same seed. Off: the core that trained beside its modules.",
                          table(joined, fields_of(data.attributes)) + drawn))  # fmt: skip
-        write_atomic(out.directory / f"figure-{data.name}.svg", figure(plot(data.attributes[0], mine)))
+        write_atomic(out.directory / f"figure-{data.name}.svg", figure(plot(data.attributes[0], mine), height=tall))
     document = out.finish(rows, seconds=covered(spans), verdicts=verdicts)
     lead = ("Can a sparse module that is added on demand hide an attribute (gender, say) without harm to the task? "
             f"{config.seeds} seeds; {document['device']}.")  # fmt: skip
@@ -366,7 +367,7 @@ def plot(attribute: str, rows: list[dict[str, Any]]):
         axes.set(xlabel=f"leakage of {attribute} against the core (points)", ylabel="method",
                  yticks=range(len(shown)),
                  yticklabels=[f"{row['method']}  (task {row['accuracy_change']:+.1f})" for row in shown])  # fmt: skip
-        axes.tick_params(axis="y", labelsize=7)
+        axes.tick_params(axis="y", labelsize=8)
         axes.invert_yaxis()
 
     return draw

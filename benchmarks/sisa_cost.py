@@ -120,10 +120,10 @@ def told(rows: list[dict]) -> list[str]:
     if visits := [row for row in rows if row["part"] == "cost" and row["requests"] == 1 and "together" in row["name"]]:
         least = min(visits, key=lambda row: row["share"])
         found.append(f"Deleting one record costs {least['share']:.1%} of the visits of retraining everything at best, "
-                     f"with {least['shards']} shards of {least['slices']} slices.")  # fmt: skip
+                     f"with S={least['shards']} shards of R={least['slices']} slices.")  # fmt: skip
     for row in (row for row in rows if row["part"] == "accuracy"):
         accuracy = number(row["mean_probability_accuracy"], row.get("mean_probability_accuracy_ci95"))
-        found.append(f"{row['shards']} shards of {row['slices']} slices: {accuracy} % accuracy as an ensemble; one "
+        found.append(f"S={row['shards']} shards, R={row['slices']} slices: {accuracy} % accuracy as an ensemble; one "
                      f"deletion took {row['one_seconds_share']:.1%} of the time of retraining.")
     for row in (row for row in rows if row["part"] == "speed"):
         found.append(f"{row['name'].removeprefix('speed: ').capitalize()}: {number(row['seconds'])} s.")
@@ -187,10 +187,10 @@ def cost(config: Config, out: Run, ids: list[str]) -> tuple[list[dict], tuple[st
             for colour, shards in enumerate(config.shards):
                 mine = [r for r in rows if r["shards"] == shards and r["slices"] == slices and "together" in r["name"]]
                 x = [r["requests"] for r in mine]
-                axes.plot(x, [r["expected_share"] for r in mine], color=f"C{colour}", lw=1, label=f"{shards} shards")
+                axes.plot(x, [r["expected_share"] for r in mine], color=f"C{colour}", lw=1, label=f"S={shards}")
                 axes.errorbar(x, [r["share"] for r in mine], [r["share_ci95"] for r in mine], fmt="o", capsize=2,
                               color=f"C{colour}", ms=4)  # fmt: skip
-            axes.set(xscale="log", xlabel="requests served together", title=f"{slices} slices",
+            axes.set(xscale="log", xlabel="requests served together", title=f"R={slices}",
                      ylabel="visits / retraining everything", ylim=(0, None))  # fmt: skip
             axes.legend()
 

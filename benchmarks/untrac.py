@@ -378,9 +378,12 @@ def finish(config: Config, out: Run, parts: list[Part], speed: list[dict[str, An
                 "harms.")  # fmt: skip
         sections.append((part.name, note, table(mine, FIELDS, lambda row, limits=limits: row in limits)
                          + plots(*drawings(part, truth, found[0]))))  # fmt: skip
-        told += [f"{part.name}: `{row['name']}` reaches a Pearson correlation of "
-                 f"{cell(row['pearson'], row.get('pearson_ci95'))} with retraining." for row in joined]
-        told.append(f"{part.name}: a perfect method is expected to reach {cell(limits[0]['pearson'])}.")
+        known = sorted((row for row in joined if row["pearson"] is not None and np.isfinite(row["pearson"])),
+                       key=lambda row: -row["pearson"])  # fmt: skip
+        highest = ", ".join(f"`{row['name']}` {cell(row['pearson'], row.get('pearson_ci95'))}" for row in known[:3])
+        told.append(f"{part.name}: the highest Pearson correlations with retraining, of {len(joined)} methods and "
+                    f"settings: {highest or 'none'}. A perfect method is expected to reach "
+                    f"{cell(limits[0]['pearson'])}.")  # fmt: skip
     if speed:
         fields = ("name", "runs", "seconds", "seconds_with_compilation", "times_as_fast_as_sequential")
         note = "The same retraining of one seed; seconds without compilation."

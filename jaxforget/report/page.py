@@ -78,7 +78,10 @@ COLOURS = ("#3f90da", "#ffa90e", "#832db6", "#94a4a2", "#a96b59", "#e76300", "#b
 
 
 def cell(value: Any, interval: Any = None) -> str:
-    """Format a number for people: four significant digits, its interval behind it unless 0, a dash for null."""
+    """Format a number for people: four significant digits; or as many as its interval warrants, and that behind it.
+
+    An interval of 0 is left out, and null is a dash.
+    """
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
     if isinstance(value, bool):
@@ -87,11 +90,11 @@ def cell(value: Any, interval: Any = None) -> str:
         return ", ".join(map(cell, value))
     if not isinstance(value, (int, float)):
         return str(value)
+    if interval and interval >= 1e-4:  # its first two digits, and the value to the same decimal
+        places = max(0, 1 - math.floor(math.log10(interval)))
+        return f"{value:,.{places}f} ±{interval:,.{places}f}"
     text = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:,.4g}"
-    if not interval or interval < 1e-9 * abs(value):  # of rounding
-        return text
-    half = f" ±{interval:,.0f}" if interval >= 100 else f" ±{interval:.2g}"
-    return text + half
+    return f"{text} ±{interval:.2g}" if interval and interval > 1e-9 * abs(value) else text  # less is of rounding
 
 
 def table(

@@ -48,7 +48,9 @@ def page(tmp_path_factory):
 def test_numbers_are_for_people():
     assert [cell(x) for x in (None, math.nan, math.inf, True, 1234567, 12345.678, 0.123456789, 3e-7, "a", (0.123456, 2))
             ] == ["–", "–", "–", "yes", "1,234,567", "12,346", "0.1235", "3e-07", "a", "0.1235, 2"]  # fmt: skip
-    assert [cell(1.5, x) for x in (None, 0.0, 0.123, 4321.9)] == ["1.5", "1.5", "1.5 ±0.12", "1.5 ±4,322"]
+    assert [cell(1.5678, x) for x in (None, 0.0, 1e-12, 3e-5, 0.00123, 0.123, 4.0, 4321.9)] == [
+        "1.568", "1.568", "1.568", "1.568 ±3e-05", "1.5678 ±0.0012", "1.57 ±0.12", "1.6 ±4.0", "2 ±4,322"
+    ]  # fmt: skip
 
 
 def test_a_page_is_one_file_that_explains_itself(page):
@@ -58,7 +60,7 @@ def test_a_page_is_one_file_that_explains_itself(page):
     # Without the ends of the interval, and what is absent.
     names, accuracy, change, gap, note, _ = zip(*found.tables[0]["rows"])
     assert names == ("alpha", "beta <b>", "gamma", "delta")
-    assert accuracy == ("9.5 ±0.25", "10.25 ±0.5", "-3", "–") and change[0] == "+66 %" and note[1] == "–"
+    assert accuracy == ("9.50 ±0.25", "10.25 ±0.50", "-3", "–") and change[0] == "+66 %" and note[1] == "–"
     assert gap == ("0.2 [0.1, 0.3]", "–", "0.1235 [0.05, 0.2]", "0.001")
     assert found.plots[0]["aria-label"] == (
         "Plot. A curve; across: step; up: loss (nats); shown: first & last, second"
