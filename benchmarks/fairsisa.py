@@ -36,7 +36,7 @@ from jaxforget.fairness.statistics import cell_counts, resample_counts
 from jaxforget.fairness.study import Votes, compare
 from jaxforget.files import write_atomic
 from jaxforget.metrics.classification import class_logp
-from jaxforget.report.page import cell, figure, plots, table, write_page
+from jaxforget.report.page import figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
 from jaxforget.sisa.plan import uniform
@@ -291,13 +291,24 @@ def finish(config: Config, out: Run, rows: list[dict[str, Any]]) -> None:
     lead = ("Does splitting the training data into shards, or deleting part of it, make an ensemble unfair, and what "
             "do post-processing methods repair at which cost? eo max, the equalized-odds gap: the larger difference of "
             f"true or false positive rates between groups. {config.seeds} seeds, {document['device']}.")  # fmt: skip
-    found = [f"{row['name']}: gap {cell(row['test_eo_max'])}"
-             + ("" if row["method"] == "none" else f" (change {row['test_eo_max_change']:+.3f})")
-             + f", accuracy {cell(row['test_accuracy'])} %"
-             + ("." if row["method"] == "none" else f" (change {row['test_accuracy_change']:+.2f} points).")
-             for row in shown if row["family"] == families[0]][:12]  # fmt: skip
-    write_page(out.directory / "report.html", "Equalized odds of ensembles", lead, sections, document["config"], found)
+    write_page(out.directory / "report.html", "Equalized odds of ensembles", lead, sections, document["config"],
+               [sentence(shown, method) for method in config.methods])  # fmt: skip
     command.print_table(shown, SUMMARY, f"benchmarks.fairsisa · {out.directory}")
+
+
+def sentence(rows: list[dict[str, Any]], method: str) -> str:
+    """Say what a method did, over all models and attributes."""
+    mine = [row for row in rows if row["method"].split()[0] == method]
+    if not mine:
+        return f"`{method}`: not measured."
+    spans = {field: (min(row[field] for row in mine), max(row[field] for row in mine)) for field in SUMMARY[1:]}
+    if method == "none":
+        return "Without repair (`none`) the gap is {:.3f} to {:.3f}, the accuracy {:.1f} to {:.1f} %.".format(
+            *spans["test_eo_max"], *spans["test_accuracy"])  # fmt: skip
+    lower, higher = (sum(row[field] for row in mine) / len(mine) for field in ("gap_lower", "gap_higher"))
+    return ("`{}` changes the gap by {:+.3f} to {:+.3f} and the accuracy by {:+.1f} to {:+.1f} points; the gap is "
+            "lower by more than resampling explains in {:.0%} of cases, higher in {:.0%}.").format(
+            method, *spans["test_eo_max_change"], *spans["test_accuracy_change"], lower, higher)  # fmt: skip
 
 
 def changes(config: Config, rows):
@@ -316,6 +327,9 @@ def changes(config: Config, rows):
             axes.plot([], [], "-", lw=3, color=f"C{1 + k}", label=method)
         for name, shape in shapes.items():
             axes.plot([], [], shape, color="0.4", ms=5, label=name)
+        for family in dict.fromkeys(row["family"] for row in rows):
+            filled = "0.4" if family == rows[0]["family"] else "none"
+            axes.plot([], [], "o", color="0.4", ms=5, mfc=filled, label=family)
         axes.axhline(0, color="0.6", lw=0.8)
         axes.set(xlabel="change of test accuracy (points)", ylabel="change of the equalized-odds gap (max)")
         axes.legend()
