@@ -2,6 +2,7 @@
 
 import json
 
+import pages
 import pytest
 import running
 from shards import done
@@ -24,6 +25,7 @@ def test_a_run_stopped_between_cells_is_resumed(tmp_path):
     names = ["core", "LEACE coast", "LEACE guild", "LEACE coast+guild", "whole coast", "whole guild",
              "whole coast+guild", "POST 5%: coast", "POST 5%: guild", "POST 5%: coast+guild"]  # fmt: skip
     assert [row["method"] for row in whole["results"]] == names
+    assert pages.check((tmp_path / "out/report.html").read_text()).plots
     assert all(row["seeds"] == 2 and row["floor_coast"] > 0 for row in whole["results"])
     cells = sorted((tmp_path / "out/cells").iterdir())
     spans = [(one["began"], one["ended"]) for one in (json.loads(cell.read_text()) for cell in cells)]

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pages
 import pytest
 import running
 
@@ -38,6 +39,7 @@ def test_every_level_takes_the_settings_that_validation_prefers(home, in_process
     tried, first, second = document["tried"], *document["by_seed"]
     assert len(tried) == 2 + 2 * 2
     assert [row["name"] for row in document["results"]] == ["before fine-tuning", "no DP", "ε=8"]
+    assert pages.check((out / "report.html").read_text()).plots
     for level in ("no DP", "ε=8"):
         best = min((row for row in tried if row["level"] == level), key=lambda row: row["validation_nll"])
         mine = [row for row in (*first, *second) if row["level"] == level]
@@ -77,7 +79,9 @@ BIAS = ("--model", "model", "--epsilons", 8, "--seeds", 2, "--stereotyped.record
 @pytest.mark.slow
 def test_bias_of_levels_with_and_without_counterfactuals(home, in_process, monkeypatch):
     monkeypatch.chdir(home)
-    document = running.results(in_process(benchmarks.dp_bias, "out", *BIAS).out)
+    out = in_process(benchmarks.dp_bias, "out", *BIAS).out
+    assert len(pages.check((out / "report.html").read_text()).plots) >= 6
+    document = running.results(out)
     names = [f"{level}, CDA {cda}" for cda in ("off", "on") for level in ("no DP", "ε=8")]
     assert [row["name"] for row in document["results"]] == ["pretrained", *names]
     promises = {row["name"]: row for row in document["privacy"]}

@@ -3,6 +3,7 @@
 import json
 from unittest import mock
 
+import pages
 import pytest
 import running
 
@@ -51,6 +52,7 @@ def test_one_device_holds_everything(in_process, tiny):
         )
         assert row["temporary_gb"] > row["gradients_gb"] and row["sent_gb"] == 0
     assert lora["peak_gb"] < plain["peak_gb"] < kl["peak_gb"]
+    assert pages.check((out / "report.html").read_text()).tables
 
 
 @pytest.mark.slow

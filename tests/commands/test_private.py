@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pages
 import pytest
 import running
 from test_resume import assert_same, run_until, stage_has
@@ -34,7 +35,8 @@ def test_every_result_states_the_promise(in_process):
     units = [line["units"] for line in lines]
     assert np.mean(units) == pytest.approx(stated["batch"], rel=0.15) and len(set(units)) > 3  # Poisson: they vary
     assert all(line["sensitivity"] == pytest.approx(0.5 / 16) for line in lines)
-    assert "epsilon" in done.said and "Differential privacy" in (done.out / "report.html").read_text()
+    page = (done.out / "report.html").read_text()
+    assert "epsilon" in done.said and "Differential privacy" in page and len(pages.check(page).tables) == 2
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import importlib.util
 
 import numpy as np
+import pages
 import pytest
 import running
 from shards import call
@@ -24,7 +25,8 @@ def test_without_pytorch_its_columns_are_empty(in_process, monkeypatch):
         assert "no PyTorch" in row["note"] and row["compile_seconds"] > 0
         tokens = (4 + 4 * (name == "npo")) * 16  # rows to forget, and those to retain
         assert row["tokens_per_second"] * row["seconds_per_step"] == pytest.approx(tokens)
-    assert "no PyTorch" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "no PyTorch" in page and pages.check(page).tables
 
 
 @pytest.mark.parity

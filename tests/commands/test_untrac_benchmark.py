@@ -1,5 +1,6 @@
 """benchmarks.untrac: what it leaves, that finished cells are kept, and what it refuses."""
 
+import pages
 import pytest
 import running
 from shards import call, done
@@ -14,6 +15,7 @@ FLAGS = ("--preset", "smoke", "--parts", "skills", "--retrain.seeds", 1, "--rate
 def test_skills(tmp_path):
     done(benchmarks.untrac, *FLAGS, "--out", tmp_path / "out")
     rows = running.results(tmp_path / "out")["results"]
+    assert pages.check((tmp_path / "out/report.html").read_text()).plots
     methods = ("untrac adam 1e-05", "untrac_inv adam 0.001", "grad_dot", "noise ceiling",
                "truth, one seed against the others")  # fmt: skip
     assert [row["name"] for row in rows] == [f"skills {corpus}: {method}" for corpus in "AB" for method in methods]
