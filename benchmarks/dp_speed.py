@@ -100,8 +100,8 @@ def run(config: Config) -> None:
 
     lead = ("How much longer is a training step that cuts every record's gradient (DP-SGD), and how much more memory "
             f"does it take? A GPT-2 of width {config.width}, batches of {config.batch_size}; {document['device']}.")
-    found = [f"`{row['name']}`: {cell(row['times_plain'])} times the plain step's time."
-             for row in rows if row["times_plain"] and not row["name"].startswith("plain")]  # fmt: skip
+    found = [f"`{row['name']}`: {cell(row['times_plain'])} times the time of `{row['against']}`."
+             for row in rows if row["times_plain"] and row["name"] != row["against"]]  # fmt: skip
     note = ("Ratios are to the plain step with the same micro-batches; medians of turns, in brackets the lowest and "
             "highest turn.")  # fmt: skip
     drawn = figure(draw, height=1.0 + 0.26 * sum(bool(row["times_plain"]) for row in rows))
