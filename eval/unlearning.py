@@ -288,8 +288,8 @@ def told(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
         return f"Nothing of {', '.join(columns[:3])} could be measured."
     field = measured[0]
     values = [f"`{row['name']}` {cell(row.get(field), row.get(f'{field}_ci95'))}" for row in rows[:8]]
-    what = f" ({said.rstrip('.')})" if (said := meaning(field)) else ""
-    return f"{label(field).capitalize()}{what}: {', '.join(values)}{', …' if len(rows) > 8 else ''}."
+    name = field.replace("_", " ").capitalize()
+    return f"{name}: {', '.join(values)}{', …' if len(rows) > 8 else ''}. {meaning(field) or ''}"
 
 
 def bars(axes, rows: list[dict[str, Any]], field: str) -> None:

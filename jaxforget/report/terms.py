@@ -43,7 +43,7 @@ MEANINGS = {
     r"tofu_(\w+)_rouge": "ROUGE-L recall of written answers to {0} questions.",
     r"tofu_(\w+)_truth_ratio_t(\d)": "Truth ratio T{1} on {0} questions: wrong answers against the right one.",
     r"verbmem": "100 times ROUGE-L F1 of continuations with the forgotten text.",
-    r"knowmem_(\w+)": "100 times ROUGE-L F1 of answers to questions: {0}.",
+    r"knowmem_(\w+)": "100 times ROUGE-L F1 of answers to {0} questions.",
     r"criterion": "Harmonic mean of Memorisation and relative Utility on the validation halves; chooses the settings.",
     r"robustness": "Share of the settings tried within 10 % of the best.",
     r"strength": "The method's own knob beside the learning rate.",
