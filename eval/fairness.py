@@ -173,7 +173,8 @@ def run(config: Config) -> None:
           table(rows, [field for field in FIELDS if field != "test_accuracy_noise"])),  # it is half of the brackets
          ("Accuracy against the gap", "Up and left is good. Points of a method are its epsilons, the gaps allowed on "
           "the fit set; bars are 95 % intervals over test records. Then false and true positive rates (FPR, TPR) of "
-          "the groups under the plain vote and the last method, without intervals.", plots(figure(draw), figure(rates)))],
+          "the groups under the plain vote and the last method, without intervals.",
+          plots(figure(draw), figure(rates)))],
         document["config"], said,
     )  # fmt: skip
     command.print_table(rows, TERMINAL, f"eval.fairness · {out.directory}")

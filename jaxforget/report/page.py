@@ -41,7 +41,7 @@ th button { all: unset; cursor: pointer; padding: .3rem .55rem; font-weight: 600
 th button:focus-visible { outline: 2px solid #3f90da; } th button::after { content: "\\a0↕"; color: var(--rule); }
 th[aria-sort=ascending] button::after { content: "\\a0↑"; } th[aria-sort=descending] button::after { content: "\\a0↓"; }
 tr.mark td { background: var(--mark); }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; overflow-x: auto; }
+.plots { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem; overflow-x: auto; }
 svg { max-width: 100%; height: auto; background: #fff; }
 pre { background: var(--box); padding: 1rem; overflow-x: auto; font-size: 12px; } code { font-size: 13px; }
 pre.command { white-space: pre-wrap; }
