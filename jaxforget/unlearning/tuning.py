@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxforget.metrics.composite import harmonic_mean
+from jaxforget.report.statistics import mean_ci95
 
 WITHIN = 0.1  # of the best criterion: a setting as good
 YARDSTICKS = {"original": ("s", "black", 60), "retrained": ("*", "#c0392b", 190)}  # marker, colour, size
@@ -84,7 +85,7 @@ def heat_map(name: str, means: Sequence[Mapping[str, Any]]) -> Callable[[Any], N
 
 
 def curves(points: Sequence[Mapping[str, Any]], field: str, along: str) -> Callable[[Any], None]:
-    """Draw one field of points against another, means over seeds; yardsticks are dashed."""
+    """Draw one field of points against another, means over seeds in their 95 % intervals; yardsticks are dashed."""
 
     def draw(axes):
         for index, name in enumerate(dict.fromkeys(one["name"] for one in points)):
@@ -93,7 +94,9 @@ def curves(points: Sequence[Mapping[str, Any]], field: str, along: str) -> Calla
                 if one["name"] == name and one[field] is not None:
                     values.setdefault(one[along], []).append(one[field])
             style = {"color": YARDSTICKS[name][1], "ls": "--"} if name in YARDSTICKS else {"color": f"C{index % 10}"}
-            axes.plot(list(values), [sum(x) / len(x) for x in values.values()], lw=1.4, label=name, **style)
+            mean_P, half_P = np.array([mean_ci95(seeds) for seeds in values.values()]).reshape(-1, 2).T
+            axes.plot(list(values), mean_P, lw=1.4, label=name, **style)
+            axes.fill_between(list(values), mean_P - half_P, mean_P + half_P, color=style["color"], alpha=0.15, lw=0)
         axes.set(xlabel=along, ylabel=LABELS.get(field, field))
         axes.legend()
 
