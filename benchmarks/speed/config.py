@@ -68,7 +68,7 @@ def smoke() -> Config:
     """tiny models, one turn: seconds, numbers without meaning"""
     tiny = SizeConfig(width=16, layers=1, heads=2, context=16, vocab_size=64)
     return Config(
-        families=("llama", "bert", "t5"), size=tiny, shard=tiny, members=3, private_microbatch=2, generate=2, steps=2,
+        families=("bert", "t5"), size=tiny, shard=tiny, members=3, private_microbatch=2, generate=2, steps=2,
         repeats=1, starts=1, product=64, peers=False, train=dataclasses.replace(Config.train, batch_size=4),
     )  # fmt: skip
 
