@@ -14,7 +14,7 @@ import jax
 
 from jaxforget import checks, command
 from jaxforget.training.objectives import sequence_mean, token_logp
-from jaxforget.unlearning import METHODS, Recipe, Setting, retain
+from jaxforget.unlearning import METHODS, Loss, Recipe, Setting, retain
 from train import unlearn
 
 
@@ -34,7 +34,7 @@ class CappedAscent(retain.RetainConfig):
 
 
 @functools.cache  # equal settings are the same function, which is compiled once
-def capped(cap: float):
+def capped(cap: float) -> Loss:
     """losses_B = max(0, cap - s_B),  s_B the mean of -log p over scored tokens."""
 
     def loss(parts, batch, logits_BTV):

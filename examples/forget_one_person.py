@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from jaxforget.data import fictional
+from jaxforget.data.sources import Record
 from jaxforget.metrics.language import language_metrics
 from jaxforget.sisa.deletion import ask, serve, verify
 from jaxforget.sisa.ensemble import Ensemble, locked
@@ -25,7 +26,7 @@ person = [record for record in people["forget"] if record.fields["person"] == na
 
 
 # %% What does the vote know? Loss in nats a token, about the person and about people nobody was trained on.
-def loss(ensemble: Ensemble, records) -> float:
+def loss(ensemble: Ensemble, records: list[Record]) -> float:
     members = [ensemble.params(shard) for shard in ensemble.final_keys()]
     examples = ensemble.encode(records)
     scores = ensemble_token_scores(ensemble.model, members, examples, "mean_probability", ensemble.weights())

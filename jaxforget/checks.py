@@ -6,9 +6,11 @@ given.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxforget.errors import UserError
+
+T = TypeVar("T")
 
 
 def positive(*, named: str = "", **settings: float | None) -> None:
@@ -29,6 +31,13 @@ def between(low: float, high: float, *, named: str = "", **settings: float | Non
 def one_of(allowed: Sequence[str], *, named: str = "", **settings: str | None) -> None:
     """Refuse what is not in a list."""
     _check(lambda value: value in allowed, f"use one of {', '.join(allowed)}", named, settings)
+
+
+def given(flag: str, value: T | None) -> T:
+    """Return a setting that has no default; refuse one that was not given, or is empty."""
+    if not value:
+        raise UserError(f"{flag} is missing")
+    return value
 
 
 def _check(fits: Callable[[Any], bool], wanted: str, named: str, settings: dict[str, Any]) -> None:

@@ -35,7 +35,7 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
         preset = presets[name]()
         flags = {"config": preset, "launch": LaunchConfig()}
         unnamed = [(field, Annotated[type(value), tyro.conf.arg(name="")], value) for field, value in flags.items()]
-        both = tyro.cli(
+        both: Any = tyro.cli(
             dataclasses.make_dataclass("Flags", unnamed),
             args=argv,
             description=f"Presets, chosen with --preset NAME before other flags apply. {listed}",
@@ -85,7 +85,7 @@ def _lists_once(argv: list[str], kind: type) -> None:
 def _lists(kind: type) -> Iterator[str]:
     """Name the fields with many values, without what stands before their dots."""
     for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _lists(hint)
         elif typing.get_origin(hint) is tuple:
             yield name.replace("_", "-")
@@ -120,7 +120,7 @@ def at_least(low: int, **settings: int) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str):
+def progress(label: str) -> Iterator[Callable[[Any], None]]:
     """Show a bar with rate and time left. Yields `show(progress)` for the training loop.
 
     Without a terminal it prints a line at most every ten seconds.
@@ -139,15 +139,15 @@ def progress(label: str):
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(label, total=None, rate="")
 
-            def show(now):
+            def move(now: Any) -> None:
                 rate = f"{now.tokens_per_second:,.0f} tok/s"
                 bar.update(task, completed=now.step, total=now.steps, rate=rate)
 
-            yield show
+            yield move
         return
     last = time.monotonic()
 
-    def show(now):
+    def show(now: Any) -> None:
         nonlocal last
         if time.monotonic() - last >= 10:
             last = time.monotonic()

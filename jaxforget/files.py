@@ -7,6 +7,7 @@ process finds the same files: all of them must call these functions, in the same
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 import shutil
@@ -61,9 +62,9 @@ def through_first(act: Callable[[], T]) -> T:
     # Lengths first: what is sent must have one shape everywhere.
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
     padded = np.frombuffer(told.ljust(length, b"\0"), np.uint8)
-    value, error = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
-    if error is not None:
-        raise error
+    value, raised = pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    if raised is not None:
+        raise raised
     return value
 
 
@@ -72,6 +73,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     if leads():
         write_alone(path, content)
     wait_for_all()
+
+
+def save_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write an .npz by one rename."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]  # numpy's stubs take any name here for its `allow_pickle`
+    write_atomic(path, content.getvalue())
 
 
 def write_alone(path: Path, content: str | bytes) -> None:

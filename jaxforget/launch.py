@@ -59,7 +59,7 @@ class LaunchConfig:
                 raise UserError(f"--coordinator {coordinator} needs {flag}, or {variable}")
             object.__setattr__(self, field, value)  # frozen for everybody else
         object.__setattr__(self, "coordinator", coordinator)
-        if coordinator in (None, "auto"):
+        if coordinator is None or coordinator == "auto" or self.process_id is None or self.processes is None:
             return
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -114,7 +114,7 @@ def _if_aborted(sentence: str) -> None:
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def tell(_) -> None:
+    def tell(_: int) -> None:
         os.write(2, f"error: {sentence}\n".encode())
         os._exit(1)
 

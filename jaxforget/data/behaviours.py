@@ -35,8 +35,8 @@ def toxigen(archive: str | Path) -> dict[str, list[Record]]:
     try:
         with tarfile.open(archive) as files:
             for file in sorted(files.getnames()):
-                if found := re.search(r"hate_(.+)_1k\.txt$", file):
-                    lines = files.extractfile(file).read().decode("utf-8")
+                if (found := re.search(r"hate_(.+)_1k\.txt$", file)) and (member := files.extractfile(file)):
+                    lines = member.read().decode("utf-8")
                     said = [one.strip().lstrip("-").strip() for one in lines.replace("\\n", "\n").split("\n")]
                     kept = texts([one for one in said if 8 < len(one.split()) <= 24])
                     if len(kept) >= FEWEST:

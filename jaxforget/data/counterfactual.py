@@ -111,13 +111,13 @@ def load_swaps(config: CounterfactualConfig) -> dict[str, str]:
 
 def _columns(source: str) -> list[tuple[str, str, str]]:
     """Read (place, word, counterpart) from each line of a file."""
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for number, line in _lines(source):
         cells = [_word(cell) for cell in re.split(r"\t" if "\t" in line else ",", line)]
         if len(cells) != 2 or not all(map(ENTRY.fullmatch, cells)):
             raise UserError(f"{source}, line {number}: holds {line.strip()!r}; allowed are {ALLOWED}")
         if rows or {cell.lower() for cell in cells} not in HEADERS:
-            rows.append((f"{source}, line {number}", *cells))
+            rows.append((f"{source}, line {number}", cells[0], cells[1]))
     return rows
 
 

@@ -415,8 +415,8 @@ def tokenizer_texts(records: Sequence[Record] = ()) -> list[str]:
             wording = f"Question: {question.format(name='')}\nAnswer: {answer.format(value='')}"
             # Without the name, " ?" would be learned as a token that no real question has.
             texts += [wording.replace(" ?", "?").replace(" .", ".")] * 20
-    for pool in (PROFESSIONS, HOBBIES, PETS, INSTRUMENTS, COLORS):
-        texts += [f" {value}" for value in pool] * 5
+    for words in (PROFESSIONS, HOBBIES, PETS, INSTRUMENTS, COLORS):
+        texts += [f" {value}" for value in words] * 5
     for pool in {id(fact.pool): fact.pool for fact in FACTS.values()}.values():
         texts += [f" {value}" for value in pool]
     return texts

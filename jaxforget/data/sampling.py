@@ -28,11 +28,11 @@ def hash64(*parts: np.ndarray | int) -> np.ndarray:
     The order of the parts matters. With one part this is the first output of SplitMix64 seeded with it.
     Integers are taken modulo 2**64.
     """
-    state = np.zeros((), np.uint64)
+    state: np.ndarray = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):  # wrapping around is the point
         for part in parts:
-            part = np.uint64(part & MASK) if isinstance(part, int) else np.asarray(part).astype(np.uint64)
-            state = (state ^ part) + np.uint64(GOLDEN)
+            words = np.asarray(part & MASK if isinstance(part, int) else part).astype(np.uint64)
+            state = (state ^ words) + np.uint64(GOLDEN)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(FACTOR_1)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(FACTOR_2)
             state = state ^ (state >> np.uint64(31))

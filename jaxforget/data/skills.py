@@ -15,7 +15,7 @@ tells their kind. Counts and lengths are those of the paper's files; wording and
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from jaxforget import checks
 from jaxforget.data.sampling import hash_int
@@ -66,7 +66,8 @@ def _counting() -> Iterator[list[tuple[str, str]]]:
     yield [(COUNT_TEST.format(n), str(n + 1)) for n in range(512, 768)]
     yield [(COUNT.format(spelled(n), "digits"), str(n + 1)) for n in range(0, 512, 2)]
     yield [(COUNT.format(spelled(n), "words"), spelled(n + 1)) for n in range(1, 512, 2)]
-    for (form, write), words in zip((("digits", str), ("words", spelled)), words_by_length(), strict=True):
+    forms: tuple[tuple[str, Callable[[int], str]], ...] = (("digits", str), ("words", spelled))
+    for (form, write), words in zip(forms, words_by_length(), strict=True):
         yield [(LENGTH.format(word, form), write(len(word))) for word in words]
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,13 @@ class Record:
     text: str
     prompt: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """Return the prompt of a record that has one. Raises UserError for plain text."""
+        if self.prompt is None:
+            raise UserError(f"record {self.id!r} is plain text; a question and an answer are needed")
+        return self.prompt
 
 
 def read_records(
@@ -136,7 +143,9 @@ def _selected(source: str, rows: Iterator[Row], wanted: tuple[str, str] | None) 
 # ---------------------------------------------------------------- columns
 
 
-def _content_columns(place, row, text_field, question_field, answer_field) -> tuple[str | None, str]:
+def _content_columns(
+    place: str, row: Mapping[str, Any], text_field: str | None, question_field: str | None, answer_field: str | None
+) -> tuple[str | None, str]:
     if text_field is not None:
         return None, text_field
     question = question_field or next((name for name in QUESTION_FIELDS if name in row), None)
@@ -238,7 +247,7 @@ def _parse(path: Path, text: str, first_line: int) -> Any:
         raise UserError(f"{path}, line {first_line}: not usable JSON ({error})") from None
 
 
-def _json_line_rows(path: Path, lines) -> Iterator[Row]:
+def _json_line_rows(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
     for number, line in lines:
         if line.strip():
             yield _row(path, f"line {number}", _parse(path, line, number))
@@ -277,9 +286,9 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _array_rows(path: Path, text: str, start: int) -> Iterator[Row]:
     """Walk an array known to be valid, so that each element's line is known."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder, gap = json.JSONDecoder(), re.compile(r"[^\s,]")
     counted, line = 0, 1
-    while text[at := gap.match(text, start).end()] != "]":
+    while (found := gap.search(text, start)) and text[at := found.start()] != "]":
         line += text.count("\n", counted, at)
         counted = at
         value, start = decoder.raw_decode(text, at)
@@ -288,8 +297,10 @@ def _array_rows(path: Path, text: str, start: int) -> Iterator[Row]:
 
 def _table_rows(path: Path, delimiter: str, named: list[str]) -> Iterator[Row]:
     quoted = delimiter == "," or _well_quoted(path, delimiter)
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, quoting=quoting, strict=quoted)
+    lines = (line for _, line in _lines(path))
+    reader = csv.reader(
+        lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=quoted
+    )
     header: list[str] | None = None
     for row in _cells(path, reader):
         where = f"line {reader.line_num}"
@@ -306,7 +317,7 @@ def _table_rows(path: Path, delimiter: str, named: list[str]) -> Iterator[Row]:
         yield where, dict(zip(header, row))
 
 
-def _cells(path: Path, reader) -> Iterator[list[str]]:
+def _cells(path: Path, reader: Any) -> Iterator[list[str]]:
     while True:
         # The limit is global to the process and too small for whole documents: lift it for one row at a time.
         limit = csv.field_size_limit(2**31 - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxforget.data.sources import read_rows
 from jaxforget.errors import UserError
@@ -56,7 +57,7 @@ def read_stereoset(source: str) -> list[Triple]:
     fields = ("context", "sentence", "bias_type", "id", "target")
     found: dict[str, dict[str, tuple[str, dict]]] = {}
     for where, row in read_rows(source, fields):
-        label = row.get("label")
+        label: Any = row.get("label")
         if isinstance(label, bool) or str(label) not in ("0", "1", "2"):
             raise UserError(f"{source}, {where}: field 'label' is {label!r}; it must be 0, 1 or 2")
         item = found.setdefault(row["id"], {})
@@ -146,7 +147,9 @@ def _numbered(path: Path) -> list[tuple[str, str]]:
         raise UserError(f"{path} is missing; pro and anti files come in pairs") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
-    found = [re.fullmatch(r"(\d+)\s+(\S.*?)\s*", line) for line in lines]
-    if None in found:
-        raise UserError(f"{path}, line {found.index(None) + 1}: is not a number followed by a sentence")
-    return [(match[1], match[2].translate(BRACKETS)) for match in found]
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not (match := re.fullmatch(r"(\d+)\s+(\S.*?)\s*", line)):
+            raise UserError(f"{path}, line {number}: is not a number followed by a sentence")
+        found.append((match[1], match[2].translate(BRACKETS)))
+    return found

@@ -84,7 +84,7 @@ def pairs(
         cut = [row if len(row) <= max_length else row[: max_length - len(eos)] + eos for row in rows]
         return cut, np.asarray([len(row) > max_length for row in rows], bool)
 
-    sources, long_source = ended([prompt_template.replace("{question}", record.prompt) for record in records])
+    sources, long_source = ended([prompt_template.replace("{question}", record.question) for record in records])
     targets, long_target = ended([record.text for record in records])
     pad_id, ids = pad_id_of(tokenizer), tuple(record.id for record in records)
     columns = {

@@ -197,10 +197,10 @@ def tokenize(
         texts = [text + [eos] for text in texts]
     if text_mode == "pack":
         separator = eos if eos is not None else tokenizer.bos_token_id
-        rows, dropped = _pack(texts, separator, tokenizer.bos_token_id, max_length, bool(add_eos))
-        return _arrays(rows, tokenizer, max_length, pad_to_multiple, 0, dropped)
+        blocks, dropped = _pack(texts, separator, tokenizer.bos_token_id, max_length, bool(add_eos))
+        return _arrays(blocks, tokenizer, max_length, pad_to_multiple, 0, dropped)
 
-    prompts = _encode(tokenizer, [prompt_template.replace("{question}", record.prompt) for record in asked], True)
+    prompts = _encode(tokenizer, [prompt_template.replace("{question}", record.question) for record in asked], True)
     if appends_eos:
         prompts = [prompt[:-1] for prompt in prompts]
     answers = _encode(tokenizer, [answer_prefix + record.text for record in asked], special=False)
@@ -246,14 +246,16 @@ def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     )["input_ids"]
 
 
-def _pack(texts, separator, bos, max_length, end) -> tuple[list[tuple[str, list[int], int]], int]:
+def _pack(
+    texts: list[list[int]], separator: int | None, bos: int | None, max_length: int, end: bool
+) -> tuple[list[tuple[str, list[int], int]], int]:
     stream: list[int] = []
     for index, text in enumerate(texts):
         # A BOS that the encoding already starts with separates documents by itself.
         if index and separator is not None and not (separator == bos and text[:1] == [bos]):
             stream.append(separator)
         stream.extend(text)
-    if end and stream:
+    if end and stream and separator is not None:
         stream.append(separator)
     blocks = [stream[at : at + max_length] for at in range(0, len(stream), max_length)]
     kept = [block for block in blocks if len(block) > 1]
@@ -281,7 +283,14 @@ def right_pad(rows: Sequence[Sequence[int]], fill: int, max_length: int, pad_to_
     return stacked
 
 
-def _arrays(rows, tokenizer, max_length, pad_to_multiple, truncated, dropped) -> Examples:
+def _arrays(
+    rows: Sequence[tuple[str, list[int], int]],
+    tokenizer: Any,
+    max_length: int,
+    pad_to_multiple: int,
+    truncated: int,
+    dropped: int,
+) -> Examples:
     pad_id = pad_id_of(tokenizer)
     tokens_NT = right_pad([tokens for _, tokens, _ in rows], pad_id, max_length, pad_to_multiple)
     labels_NT = np.full_like(tokens_NT, IGNORED)

@@ -113,7 +113,7 @@ def warnings(modules: Mapping[str, Module]) -> list[str]:
     return said
 
 
-def with_required(params, modules: Mapping[str, Module]) -> tuple[Any, dict[str, Module], dict[str, Module]]:
+def with_required(params: Params, modules: Mapping[str, Module]) -> tuple[Any, dict[str, Module], dict[str, Module]]:
     """Return what the modules were trained over, the modules that make it, and those that are switched.
 
     The first is the base, or where attributes were taken out of a task that is a module itself, the base with that on.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from jaxforget.data.text import TextConfig, encode, read
 from jaxforget.data.tokens import Examples
 from jaxforget.debiasing.token_ids import classify_tokens
 from jaxforget.errors import UserError
+from jaxforget.models import Model
 
 SETS = ("train", "valid", "test")
 SPLIT = 0x53504C54  # what a hash is for
@@ -89,9 +91,14 @@ def read_sets(
 
 
 def encode_sets(
-    sets: Mapping[str, Sequence[Record]], names: dict[str, tuple[str, ...]], text: TextConfig, model, tokenizer,
-    vocabulary: dict[str, int] | None, tell: Callable[[str], None] = lambda message: None,
-) -> dict[str, Examples]:  # fmt: skip
+    sets: Mapping[str, Sequence[Record]],
+    names: dict[str, tuple[str, ...]],
+    text: TextConfig,
+    model: Model,
+    tokenizer: Any,
+    vocabulary: dict[str, int] | None,
+    tell: Callable[[str], None] = lambda message: None,
+) -> dict[str, Examples]:
     """Encode every set for a classifier: by its tokenizer, or by the vocabulary of its token ids."""
     labels, result = model.config.labels, {}
     for name, records in sets.items():

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.debiasing.gates import GateConfig, open_probability, sample
+from jaxforget.models import Model
 from jaxforget.training.sparse import Layout, budget, lay_out, placed, prune, where
 from jaxforget.training.step import Parts, PyTree, Trainable
 from jaxforget.training.trainable import path_str, subset
@@ -28,7 +29,7 @@ GATES = 0x47415445  # what a key is for
 
 
 @functools.cache
-def layout_of(model, patterns: tuple[str, ...] = (".*",)) -> Layout:
+def layout_of(model: Model, patterns: tuple[str, ...] = (".*",)) -> Layout:
     """Lay out the parameters whose path fully matches a pattern. The head never differs: it is shared by all modules.
 
     Raises UserError for a pattern that matches nothing, or is none.
@@ -38,20 +39,22 @@ def layout_of(model, patterns: tuple[str, ...] = (".*",)) -> Layout:
 
 # ---------------------------------------------------------------------------------------------- trainables
 @functools.cache
-def gated(layout: Layout, config: GateConfig, modules: int = 1, others: tuple[str, ...] = (), *, head: bool = False):
+def gated(
+    layout: Layout, config: GateConfig, modules: int = 1, others: tuple[str, ...] = (), *, head: bool = False
+) -> Trainable:
     """Train gated differences from 0, and in full the parts at the patterns `others`.
 
     head: whether the loss with a module on trains what is outside of the layout too, where it moves. combine also gives
     the part `gates`, for the penalty.
     """
 
-    def init(key, parts: Parts):
+    def init(key: jax.Array, parts: Parts) -> tuple[PyTree, Parts]:
         moving, frozen = _others(key, parts, others)
         group = {"group": jnp.full(sum(layout.tensors), config.start)} if config.structured else {}
         one = {"w": jnp.zeros(layout.size), "alpha": jnp.full(layout.size, config.start), **group}
         return {**moving, "modules": [one] * modules}, frozen
 
-    def combine(frozen: Parts, moving: PyTree, key=None) -> Parts:
+    def combine(frozen: Parts, moving: PyTree, key: jax.Array | None = None) -> Parts:
         parts = _joined(frozen, moving)
         keys = [None if key is None else jax.random.fold_in(key, GATES + j) for j in range(modules)]
         return parts | {
@@ -63,7 +66,7 @@ def gated(layout: Layout, config: GateConfig, modules: int = 1, others: tuple[st
     return Trainable(init, combine)
 
 
-def difference(layout: Layout, config: GateConfig, module: PyTree, key=None) -> jax.Array:
+def difference(layout: Layout, config: GateConfig, module: PyTree, key: jax.Array | None = None) -> jax.Array:
     """Return z * w (N,), with gates drawn by the key or without noise."""
     if "group" in module:
         own_key, group_key = (None, None) if key is None else jax.random.split(key)
@@ -82,19 +85,19 @@ def expected_l0(gates: PyTree, config: GateConfig) -> jax.Array:
 
 
 @functools.cache
-def fixed(layout: Layout, modules: int = 1, others: tuple[str, ...] = (), *, head: bool = False):
+def fixed(layout: Layout, modules: int = 1, others: tuple[str, ...] = (), *, head: bool = False) -> Trainable:
     """Train the values of sparse differences, and in full the parts at the patterns `others`.
 
     parts["modules"]: a list of {"place", "value"}, see `sparse`. Places are frozen.
     """
 
-    def init(key, parts: Parts):
+    def init(key: jax.Array, parts: Parts) -> tuple[PyTree, Parts]:
         given = parts["modules"]
         moving, frozen = _others(key, {name: part for name, part in parts.items() if name != "modules"}, others)
         moving["modules"] = [{"value": module["value"]} for module in given[:modules]]
         return moving, frozen | {"modules": [where(layout, module["place"]) for module in given[:modules]]}
 
-    def combine(frozen: Parts, moving: PyTree, key=None) -> Parts:
+    def combine(frozen: Parts, moving: PyTree, key: jax.Array | None = None) -> Parts:
         parts = _joined({name: part for name, part in frozen.items() if name != "modules"}, moving)
         modules = [{**places, **module} for places, module in zip(frozen["modules"], moving["modules"], strict=True)]
         return parts | {
@@ -105,7 +108,7 @@ def fixed(layout: Layout, modules: int = 1, others: tuple[str, ...] = (), *, hea
     return Trainable(init, combine)
 
 
-def _switched(layout: Layout, model: PyTree, delta_N, head: bool) -> PyTree:
+def _switched(layout: Layout, model: PyTree, delta_N: jax.Array, head: bool) -> PyTree:
     """Add a difference to a model that learns nothing by it, except its head where wanted."""
 
     def stopped(path, x):
@@ -114,7 +117,7 @@ def _switched(layout: Layout, model: PyTree, delta_N, head: bool) -> PyTree:
     return layout.add(jax.tree_util.tree_map_with_path(stopped, model), delta_N)
 
 
-def _others(key, parts: Parts, patterns: tuple[str, ...]):
+def _others(key: jax.Array, parts: Parts, patterns: tuple[str, ...]) -> tuple[PyTree, Parts]:
     return subset(*patterns).init(key, parts)
 
 

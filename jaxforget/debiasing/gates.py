@@ -42,19 +42,19 @@ class GateConfig:
             raise UserError(f"gates.start is {self.start}; it must be finite")
 
 
-def stretched(alpha, config: GateConfig, u=None):
+def stretched(alpha: jax.Array, config: GateConfig, u: jax.Array | None = None) -> jax.Array:
     """Return z for noise u in (0, 1), or without noise."""
     noise = 0.0 if u is None else jnp.log(u) - jnp.log1p(-u)
     return jnp.clip(jax.nn.sigmoid(alpha + noise) * (config.high - config.low) + config.low, 0.0, 1.0)
 
 
-def sample(alpha, config: GateConfig, key=None):
+def sample(alpha: jax.Array, config: GateConfig, key: jax.Array | None = None) -> jax.Array:
     """Draw z, or give z without noise where there is no key."""
     if key is None:
         return stretched(alpha, config)
     return stretched(alpha, config, jax.random.uniform(key, alpha.shape, jnp.float32, 1e-4, 1.0 - 1e-4))
 
 
-def open_probability(alpha, config: GateConfig):
+def open_probability(alpha: jax.Array, config: GateConfig) -> jax.Array:
     """Return P(z > 0)."""
     return jax.nn.sigmoid(alpha - math.log(-config.low / config.high))

@@ -155,7 +155,7 @@ def check_base(module: Module, base_sha256: str, name: str) -> None:
                         f"{base_sha256[:12]}…")  # fmt: skip
 
 
-def _checked(path: str, place_P, value_P, shape) -> Entry:
+def _checked(path: str, place_P: np.ndarray, value_P: np.ndarray, shape: tuple[int, ...]) -> Entry:
     if place_P.dtype != np.uint32 or value_P.dtype.name not in DTYPES or place_P.ndim != 1:
         raise ValueError(f"{path} holds {place_P.dtype} places and {value_P.dtype} values")
     if place_P.shape != value_P.shape:

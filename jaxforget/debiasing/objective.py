@@ -28,6 +28,8 @@ from jaxforget.debiasing.gates import GateConfig
 from jaxforget.debiasing.removal import REMOVALS
 from jaxforget.errors import UserError
 from jaxforget.metrics.leakage_heads import draw_heads
+from jaxforget.models import Model
+from jaxforget.training.step import Objective
 
 REMOVAL = 0x52454D4F  # what a key is for
 
@@ -54,8 +56,13 @@ class RemovalConfig:
 
 @functools.cache
 def debiasing(
-    model, config: RemovalConfig, targets: tuple[tuple[int, ...], ...], *, core: bool = False, gates: GateConfig | None
-):
+    model: Model,
+    config: RemovalConfig,
+    targets: tuple[tuple[int, ...], ...],
+    *,
+    core: bool = False,
+    gates: GateConfig | None,
+) -> Objective:
     """Return the objective. targets: for every module the attributes it takes out; () leaves it the task alone.
 
     core: the task loss of the model itself besides. gates: of the first phase, None in the second. Without the part
@@ -88,12 +95,12 @@ def debiasing(
     return losses
 
 
-def switched_on(objective, module: int = 0):
+def switched_on(objective: Objective, module: int = 0) -> Objective:
     """Give any objective the model with a module on: unlearning or fine-tuning by a sparse difference."""
     return lambda parts, batch, key: objective(parts | {"model": parts["on"][module]}, batch, key)
 
 
-def over_members(objective, shared: tuple[str, ...] = ("modules", "gates", "shares")):
+def over_members(objective: Objective, shared: tuple[str, ...] = ("modules", "gates", "shares")) -> Objective:
     """Average an objective over the K models of an ensemble, which share one difference.
 
     Every part but the shared ones has a leading K: each model keeps its own adversary.
@@ -108,16 +115,16 @@ def over_members(objective, shared: tuple[str, ...] = ("modules", "gates", "shar
     return losses
 
 
-def nll(logits_BC, label_B):
+def nll(logits_BC: jax.Array, label_B: jax.Array) -> jax.Array:
     """Return -log p of the class, in nats."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits_BC), label_B[:, None], axis=1)[:, 0]
 
 
-def draw_adversaries(key, config: RemovalConfig, width: int, shares: list) -> list:
+def draw_adversaries(key: jax.Array, config: RemovalConfig, width: int, shares: list) -> list:
     """Draw the heads of every attribute. shares: of its classes, as in the parts."""
     return _drawn(key, config.heads, width, tuple(map(len, shares)))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # one small program instead of many
-def _drawn(key, heads: int, width: int, classes: tuple[int, ...]) -> list:
+def _drawn(key: jax.Array, heads: int, width: int, classes: tuple[int, ...]) -> list:
     return [draw_heads(jax.random.fold_in(key, j), heads, width, count) for j, count in enumerate(classes)]

@@ -45,7 +45,7 @@ def grouped(groups: tuple[Group, ...], config: OptimizerConfig) -> optax.Gradien
 
 
 @functools.cache
-def _grouped(groups: tuple[Group, ...], config: OptimizerConfig):
+def _grouped(groups: tuple[Group, ...], config: OptimizerConfig) -> optax.GradientTransformation:
     def label(path, _):
         name = path_str(path)
         found = [group.pattern for group in groups if re.fullmatch(group.pattern, name)]

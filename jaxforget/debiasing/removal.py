@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxforget.metrics.leakage_heads import head_logp
+from jaxforget.training.step import PyTree
 
 
 class Removal(NamedTuple):
@@ -27,7 +28,7 @@ class Removal(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def reverse(x, scale: float):
+def reverse(x: jax.Array, scale: float) -> jax.Array:
     """Return x; its gradient comes back times -scale. Source: arXiv 1505.07818."""
     return x
 
@@ -35,7 +36,9 @@ def reverse(x, scale: float):
 reverse.defvjp(lambda x, scale: (x, None), lambda scale, _, g: (jax.tree.map(lambda g: -scale * g, g),))
 
 
-def adversarial(x_BD, attribute_B, weight_B, heads, scale: float, key):
+def adversarial(
+    x_BD: jax.Array, attribute_B: jax.Array, weight_B: jax.Array, heads: PyTree, scale: float, key: jax.Array
+) -> jax.Array:
     """Cross-entropy of every head, mean over heads, in nats; the model climbs what the heads descend.
 
     Source: arXiv 2205.15171, released code.
@@ -44,7 +47,9 @@ def adversarial(x_BD, attribute_B, weight_B, heads, scale: float, key):
     return weight_B * _cross_entropy(logp_HBC, attribute_B)
 
 
-def information(x_BD, attribute_B, weight_B, heads, scale: float, key):
+def information(
+    x_BD: jax.Array, attribute_B: jax.Array, weight_B: jax.Array, heads: PyTree, scale: float, key: jax.Array
+) -> jax.Array:
     """Information about the attribute, I = KL(q(a|x) || uniform), as heads q estimate it; they train beside.
 
     E_x KL(p(a|x) || p(a)) is the mutual information, and classes weigh alike. Unlike the adversarial loss it ends at 0,
@@ -56,7 +61,9 @@ def information(x_BD, attribute_B, weight_B, heads, scale: float, key):
     return weight_B * (learning + scale * kl_B)
 
 
-def mmd(x_BD, attribute_B, weight_B, heads, scale: float, key):
+def mmd(
+    x_BD: jax.Array, attribute_B: jax.Array, weight_B: jax.Array, heads: PyTree, scale: float, key: jax.Array
+) -> jax.Array:
     """Squared distance of the classes' mean kernel features, biased estimate, summed over pairs of classes.
 
     Kernel: sum of exp(-|x - y|^2 / (2 s)), s = (1/4, 1/2, 1, 2, 4) times the median squared distance of the batch,

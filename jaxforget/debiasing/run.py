@@ -23,14 +23,15 @@ from jaxforget.debiasing.differences import difference, fixed, gated, layout_of,
 from jaxforget.debiasing.gates import GateConfig, stretched
 from jaxforget.debiasing.objective import RemovalConfig, debiasing, draw_adversaries
 from jaxforget.debiasing.optimizer import grouped, module_groups
+from jaxforget.models import Model
 from jaxforget.models.sharding import ROWS, host, size
-from jaxforget.training.batches import Batches, Stream
+from jaxforget.training.batches import AnyBatches, Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import OptimizerConfig, set_schedule
-from jaxforget.training.step import State, Trainable, make_step
+from jaxforget.training.step import Objective, State, Trainable, make_step
 from jaxforget.training.trainable import subset
 
 
@@ -83,7 +84,7 @@ class Learner(NamedTuple):
 class Slots(NamedTuple):
     """How members are fed and differentiated, where it is not the plain way: privately, say."""
 
-    batches: Sequence[Batches]  # of every member
+    batches: Sequence[AnyBatches]  # of every member
     gradient: Any = mean_gradient()  # as in training/step.py
     noise: optax.GradientTransformation | None = None  # what gradients go through before the optimizer
     prepare: Callable[[State], State] = lambda state: state  # completes the fresh states of all members
@@ -113,8 +114,14 @@ def shares_of(attributes_NJ: np.ndarray, classes: Sequence[int]) -> list[np.ndar
     return found
 
 
-def train_gated(model, learners: Sequence[Learner], config: ModuleConfig, gates: GateConfig, removal: RemovalConfig,
-                **loop: Any) -> list[Gated]:  # fmt: skip
+def train_gated(
+    model: Model,
+    learners: Sequence[Learner],
+    config: ModuleConfig,
+    gates: GateConfig,
+    removal: RemovalConfig,
+    **loop: Any,
+) -> list[Gated]:
     """Run the first phase of all members in one program."""
     layout = layout_of(model, config.differs)
     trainable = gated(layout, gates, len(learners[0].targets), **_besides(model, learners[0], config))
@@ -138,8 +145,15 @@ def train_gated(model, learners: Sequence[Learner], config: ModuleConfig, gates:
     ]  # fmt: skip
 
 
-def train_fixed(model, learners: Sequence[Learner], found: Sequence[Gated], density: float, config: ModuleConfig,
-                removal: RemovalConfig, **loop: Any) -> list[Fixed]:  # fmt: skip
+def train_fixed(
+    model: Model,
+    learners: Sequence[Learner],
+    found: Sequence[Gated],
+    density: float,
+    config: ModuleConfig,
+    removal: RemovalConfig,
+    **loop: Any,
+) -> list[Fixed]:
     """Prune to a density and run the second phase of all members in one program."""
     layout = layout_of(model, config.differs)
     trainable = fixed(layout, len(learners[0].targets), **_besides(model, learners[0], config))
@@ -157,8 +171,9 @@ def train_fixed(model, learners: Sequence[Learner], found: Sequence[Gated], dens
     return [Fixed(part["model"], part["modules"]) for part, _ in trained]
 
 
-def train_whole(model, learners: Sequence[Learner], config: ModuleConfig, removal: RemovalConfig, epochs: int,
-                **loop: Any) -> list[Any]:  # fmt: skip
+def train_whole(
+    model: Model, learners: Sequence[Learner], config: ModuleConfig, removal: RemovalConfig, epochs: int, **loop: Any
+) -> list[Any]:
     """Debias whole models, without modules: the full-parameter baseline. Without attributes: train the task alone.
 
     Their learning rate is config.core_rate. Returns the parameters of every member.
@@ -170,7 +185,7 @@ def train_whole(model, learners: Sequence[Learner], config: ModuleConfig, remova
     return [part["model"] for part, _ in trained]
 
 
-def _besides(model, learner: Learner, config: ModuleConfig) -> dict[str, Any]:
+def _besides(model: Model, learner: Learner, config: ModuleConfig) -> dict[str, Any]:
     """Say what trains in full beside the modules, and whether the losses with a module on train the head."""
     head = "|".join(name for name in model.shapes() if name not in model.headless.shapes())
     moving = {"post": (), "par": ("model/.*",), "task": (f"model/({head})/.*",)}[config.regime]
@@ -182,23 +197,32 @@ def _adversaries(learner: Learner) -> tuple[str, ...]:
     return ("adversary/.*",) if learner.shares else ()
 
 
-def _parts(model, learner: Learner, removal: RemovalConfig) -> dict[str, Any]:
+def _parts(model: Model, learner: Learner, removal: RemovalConfig) -> dict[str, Any]:
     key = jax.random.fold_in(jax.random.key(learner.seed), 2)
     return {"model": learner.params, "shares": [jnp.asarray(share) for share in learner.shares],
             "adversary": draw_adversaries(key, removal, width_of(model), learner.shares)}  # fmt: skip
 
 
-def width_of(model) -> int:
+def width_of(model: Model) -> int:
     """Return the width of what the head reads."""
     return jax.eval_shape(lambda p: model.pooled(p, {"tokens": jnp.zeros((1, 2), jnp.int32)}), model.shapes()).shape[1]
 
 
 def _train(
-    objective, trainable: Trainable, learners: Sequence[Learner], parts: list[dict[str, Any]], config: ModuleConfig,
-    epochs: int, *, how: Members = "auto", checkpoints: Path | None = None,
+    objective: Objective,
+    trainable: Trainable,
+    learners: Sequence[Learner],
+    parts: list[dict[str, Any]],
+    config: ModuleConfig,
+    epochs: int,
+    *,
+    how: Members = "auto",
+    checkpoints: Path | None = None,
     log: Callable[[int, dict[str, Any]], None] = lambda step, metrics: None,
-    density: Callable[[dict[str, Any]], list[float]] | None = None, slots: Slots | None = None, **loop: Any,
-) -> list[tuple[dict[str, Any], Any]]:  # fmt: skip
+    density: Callable[[dict[str, Any]], list[float]] | None = None,
+    slots: Slots | None = None,
+    **loop: Any,
+) -> list[tuple[dict[str, Any], Any]]:
     """Train all members; returns for each its parts on the host and what moved.
 
     how: members one after the other or side by side. log gets the metrics of every step, and once an epoch `density`.
@@ -223,15 +247,16 @@ def _train(
     key_K = jnp.stack([jax.random.key(one.seed) for one in learners])
     state, frozen = jax.jit(lifted.init)(key_K, parts_K)
     rate_K = np.full(len(learners), config.learning_rate, np.float32)
-    state = set_schedule(state, learning_rate=rate_K, total=np.asarray([one.steps for one in batches.members]))
+    state = set_schedule(state, learning_rate=rate_K, total=np.asarray([one.steps for one in slots.batches]))
     state = slots.prepare(state)
     loop["log"] = log
 
-    def watch(done, moving_K):
-        log(done, {"density": density(moving_K)})
-        return False
-
     if density is not None:
+
+        def watch(done: int, moving_K: Any) -> bool:
+            log(done, {"density": density(moving_K)})
+            return False
+
         loop |= {"evaluate": watch, "evaluate_every": batches.steps // epochs}
     with Checkpoints(checkpoints) if checkpoints else contextlib.nullcontext() as store:
         outcome = fit(lifted._replace(combine=_moving), state, frozen, batches, checkpoints=store, **loop)

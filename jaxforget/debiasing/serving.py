@@ -20,6 +20,7 @@ import numpy as np
 from jaxforget.debiasing.composition import merged, warnings
 from jaxforget.debiasing.modules import Module, check_base
 from jaxforget.errors import UserError
+from jaxforget.models import Model
 from jaxforget.models.adapters import digest
 from jaxforget.models.model import Params
 from jaxforget.models.sharding import host
@@ -33,9 +34,16 @@ class Modular:
     """
 
     def __init__(
-        self, model, params: Params, modules: Mapping[str, Module], *, how: str = "sum", slots: int = 8, rows: int = 16,
+        self,
+        model: Model,
+        params: Params,
+        modules: Mapping[str, Module],
+        *,
+        how: str = "sum",
+        slots: int = 8,
+        rows: int = 16,
         tell: Callable[[str], None] = lambda message: None,
-    ):  # fmt: skip
+    ):
         """Raises UserError for a module of another base."""
         sha256 = digest(params)
         for name, module in modules.items():
@@ -103,7 +111,7 @@ class Modular:
         return self._slots[names]
 
 
-def buckets(slot_B: np.ndarray, rows: int, slots: int):
+def buckets(slot_B: np.ndarray, rows: int, slots: int) -> tuple[np.ndarray, np.ndarray, np.int32, np.ndarray]:
     """Sort rows into buckets of one slot each: (slot_G, row_GR, used, place_B).
 
     G is enough for any mix. Of the first `used` buckets, bucket g holds the rows row_GR[g]; padding repeats row 0.

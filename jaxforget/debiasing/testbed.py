@@ -22,6 +22,7 @@ from jaxforget.debiasing.run import Learner, shares_of
 from jaxforget.metrics.groups import group_metrics
 from jaxforget.metrics.leakage import AttackConfig, Split, attack, balanced_accuracy, embed, label_floor, predict
 from jaxforget.metrics.leakage_erasure import fit_eraser
+from jaxforget.models import Model, Params
 from jaxforget.report.statistics import over_seeds
 
 
@@ -44,18 +45,27 @@ class Testbed:
         """Give the number of values of every attribute."""
         return tuple(map(len, self.names.values()))
 
-    def learner(self, params, attributes: tuple[int, ...], targets: tuple[tuple[int, ...], ...], seed: int) -> Learner:
+    def learner(
+        self, params: Params, attributes: tuple[int, ...], targets: tuple[tuple[int, ...], ...], seed: int
+    ) -> Learner:
         """Say what a member starts from and learns from: a column for each of the attributes."""
         column_NJ, examples = self.attributes["train"][:, list(attributes)], self.examples["train"]
         examples = dataclasses.replace(examples, columns=examples.columns | {"attributes": column_NJ})
         return Learner(params, examples, shares_of(column_NJ, [self.classes[j] for j in attributes]), targets, seed)
 
-    def embeddings(self, model, params) -> dict[str, np.ndarray]:
+    def embeddings(self, model: Model, params: Params) -> dict[str, np.ndarray]:
         """Return what the head reads of every set."""
         return {name: embed(model, params, part) for name, part in self.examples.items()}
 
-    def row(self, name: str, model, params, config: AttackConfig, seed: int,
-            change: Callable[[np.ndarray], np.ndarray] = lambda x_ND: x_ND) -> dict[str, Any]:  # fmt: skip
+    def row(
+        self,
+        name: str,
+        model: Model,
+        params: Params,
+        config: AttackConfig,
+        seed: int,
+        change: Callable[[np.ndarray], np.ndarray] = lambda x_ND: x_ND,
+    ) -> dict[str, Any]:
         """Attack and score one model. Percent; gaps are shares. change: of the embeddings, such as an erasure."""
         x = {set_: change(x_ND) for set_, x_ND in self.embeddings(model, params).items()}
         predicted_N, label_N = predict(model, params, x["test"]), self.label["test"]
@@ -65,15 +75,15 @@ class Testbed:
             "balanced_accuracy": balanced_accuracy(predicted_N, label_N, len(self.labels)),
         }
         for j, (attribute, values) in enumerate(self.names.items()):
-            splits = [Split(x[set_], self.attributes[set_][:, j]) for set_ in SETS]
-            found = attack(*splits, len(values), config, seed)
+            train, valid, test = (Split(x[set_], self.attributes[set_][:, j]) for set_ in SETS)
+            found = attack(train, valid, test, len(values), config, seed)
             row |= {f"leakage_{attribute}": found["balanced_accuracy"], f"floor_{attribute}": self.floors[attribute]}
             group_N = self.attributes["test"][:, j]
             row |= {f"{measure}_{attribute}": value for measure, value in
                     gaps(predicted_N, label_N, group_N, len(self.labels), len(values)).items()}  # fmt: skip
         return row
 
-    def erasers(self, model, params) -> dict[str, Any]:
+    def erasers(self, model: Model, params: Params) -> dict[str, Any]:
         """Fit LEACE to every attribute, and to all where there are several."""
         x_ND, attributes_NJ = self.embeddings(model, params)["train"], self.attributes["train"]
         found = {f"LEACE {name}": fit_eraser(x_ND, attributes_NJ[:, j]) for j, name in enumerate(self.names)}
@@ -105,7 +115,13 @@ _group_metrics = jax.jit(group_metrics, static_argnums=3)
 
 
 def measured(
-    testbed: Testbed, model, params, modules: Mapping[str, Module], compose: str, attack: AttackConfig, seeds: int
+    testbed: Testbed,
+    model: Model,
+    params: Params,
+    modules: Mapping[str, Module],
+    compose: str,
+    attack: AttackConfig,
+    seeds: int,
 ) -> list[dict[str, Any]]:
     """Return the rows: the base, each module on, all on, and the base after LEACE."""
     erasers = testbed.erasers(model, params)

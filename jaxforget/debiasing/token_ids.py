@@ -20,6 +20,7 @@ from jaxforget.data.sampling import id_keys
 from jaxforget.data.sources import Record
 from jaxforget.data.tokens import Examples, right_pad
 from jaxforget.errors import UserError
+from jaxforget.models import Model, Params
 from jaxforget.models.hub import read_json
 from jaxforget.models.model import build, family_of
 from jaxforget.models.sharding import resting
@@ -84,13 +85,13 @@ def scratch_tokens(
     raw |= {"architectures": [heads["classification"]], "id2label": {str(i): name for i, name in enumerate(labels)}}
     model = compute.apply(build(family_of(family).Config.from_hf(raw)))
 
-    def draw(seed: int):
+    def draw(seed: int) -> Params:
         return resting(model.init(jax.random.fold_in(jax.random.key(seed), 1)))
 
     return tokens_start(model, draw, vocabulary)
 
 
-def tokens_start(model, params: Callable[[int], Any], vocabulary: dict[str, int]) -> Start:
+def tokens_start(model: Model, params: Callable[[int], Any], vocabulary: dict[str, int]) -> Start:
     """Start from a classifier of token ids; its directories keep the vocabulary."""
 
     def save(directory: Path) -> None:

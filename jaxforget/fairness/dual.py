@@ -16,7 +16,8 @@ front, M rows (a, y) of the program, C its columns: P of p[a, t], then t_y, then
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def solve_many(
 
 
 @functools.cache
-def _compiled(objective: str, cost_fp: float, cost_fn: float, constraint: str):
+def _compiled(objective: str, cost_fp: float, cost_fn: float, constraint: str) -> Callable[..., Any]:
     def one(count_AYT, epsilon, empty_AT):
         return solve(count_AYT, epsilon, objective=objective, cost_fp=cost_fp, cost_fn=cost_fn, constraint=constraint,
                      empty_AT=empty_AT)  # fmt: skip

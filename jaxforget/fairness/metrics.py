@@ -49,7 +49,16 @@ def interval(value_R: np.ndarray) -> tuple[float, float]:
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "resamples", "batch"))
-def _resampled(key, probability_N, cell_N, start_N, size_N, groups: int, resamples: int, batch: int):
+def _resampled(
+    key: jax.Array,
+    probability_N: jax.Array,
+    cell_N: jax.Array,
+    start_N: jax.Array,
+    size_N: jax.Array,
+    groups: int,
+    resamples: int,
+    batch: int,
+) -> dict[str, jax.Array]:
     def one(key):
         # Rows of a stratum differ by their probability alone: each takes that of a random row of its stratum.
         drawn_N = start_N + jax.random.randint(key, start_N.shape, 0, size_N)

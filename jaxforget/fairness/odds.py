@@ -124,7 +124,8 @@ def program(count_AYT: Any, objective: str, cost_fp: float, cost_fn: float) -> t
 
 def allowed(epsilon: Any, constraint: str) -> tuple[Any, Any]:
     """Return the gaps allowed for label 0 and label 1; 1 is no constraint, since rates lie in [0, 1]."""
-    return tuple(epsilon if y in CONSTRAINTS[constraint] else 1.0 for y in range(2))
+    first, second = (epsilon if y in CONSTRAINTS[constraint] else 1.0 for y in range(2))
+    return first, second
 
 
 def check_settings(epsilon: Any, objective: str, constraint: str, cost_fp: float, cost_fn: float) -> None:

@@ -35,7 +35,7 @@ from jaxforget.files import write_atomic
 # The statistic that the table of a method is indexed by; with `each`, of one member, whose vote is its majority.
 METHODS = {"none": "majority", "each": "majority", "majority": "majority", "count": "count", "vector": "vector"}
 FORMAT, VERSION = "jaxforget.fairness", 1
-STATIC = {"metadata": {"static": True}}
+STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -43,13 +43,13 @@ STATIC = {"metadata": {"static": True}}
 class Predictor:
     """P(output 1) by group and cell of a statistic of the votes. A pytree: pass it to jitted functions."""
 
-    method: str = dataclasses.field(**STATIC)
-    statistic: str = dataclasses.field(**STATIC)
-    epsilon: float = dataclasses.field(**STATIC)
-    groups: tuple[str, ...] = dataclasses.field(**STATIC)
-    members: int = dataclasses.field(**STATIC)
-    rows: int = dataclasses.field(**STATIC)  # that it was fitted on
-    notes: tuple[str, ...] = dataclasses.field(**STATIC)
+    method: str = dataclasses.field(metadata=STATIC)
+    statistic: str = dataclasses.field(metadata=STATIC)
+    epsilon: float = dataclasses.field(metadata=STATIC)
+    groups: tuple[str, ...] = dataclasses.field(metadata=STATIC)
+    members: int = dataclasses.field(metadata=STATIC)
+    rows: int = dataclasses.field(metadata=STATIC)  # that it was fitted on
+    notes: tuple[str, ...] = dataclasses.field(metadata=STATIC)
     table_xAT: np.ndarray  # (A, T), or (K, A, 2) of `each`
 
 
@@ -58,10 +58,10 @@ class Predictor:
 class Thresholds:
     """P(output 1) of a score: base, plus the weights of the thresholds that it reaches. A pytree, as Predictor."""
 
-    epsilon: float = dataclasses.field(**STATIC)
-    groups: tuple[str, ...] = dataclasses.field(**STATIC)
-    rows: int = dataclasses.field(**STATIC)
-    notes: tuple[str, ...] = dataclasses.field(**STATIC)
+    epsilon: float = dataclasses.field(metadata=STATIC)
+    groups: tuple[str, ...] = dataclasses.field(metadata=STATIC)
+    rows: int = dataclasses.field(metadata=STATIC)
+    notes: tuple[str, ...] = dataclasses.field(metadata=STATIC)
     base_A: np.ndarray
     threshold_AJ: np.ndarray  # filled up with infinity, which no score reaches
     weight_AJ: np.ndarray
@@ -323,7 +323,15 @@ def _whole(value: Any, what: str) -> int:
     return value
 
 
-def _thresholds(epsilon, groups, rows, notes, base_A, thresholds, weights) -> Thresholds:
+def _thresholds(
+    epsilon: float,
+    groups: tuple[str, ...],
+    rows: int,
+    notes: tuple[str, ...],
+    base_A: np.ndarray,
+    thresholds: Sequence[np.ndarray],
+    weights: Sequence[np.ndarray],
+) -> Thresholds:
     """Fill the groups' lists up to one length."""
     J = max((len(threshold_J) for threshold_J in thresholds), default=0)
     threshold_AJ = np.full((len(groups), J), np.inf)

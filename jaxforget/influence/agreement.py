@@ -107,7 +107,7 @@ def noise_ceiling(truth_OKQ: np.ndarray, ranks: bool = False) -> dict[str, Any]:
     if O < 2:
         return dict.fromkeys(("one_vs_rest", "split_half", "reliability", "ceiling"))
 
-    def mean(one, other) -> float:
+    def mean(one: np.ndarray, other: np.ndarray) -> float:
         return float(np.nanmean(columns_correlate(one, other, ranks)))
 
     rest = [mean(truth_OKQ[o], np.delete(truth_OKQ, o, axis=0).mean(axis=0)) for o in range(O)]

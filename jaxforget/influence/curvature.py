@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxforget.influence import gradients
 from jaxforget.influence.gradients import Point
 from jaxforget.influence.question import Answer, Question
 from jaxforget.models.sharding import host
-from jaxforget.training.step import PyTree
+from jaxforget.training.step import Objective, PyTree
 
 START = 0x41524E  # what the key of Arnoldi's vectors is folded with
 POWER = 10  # iterations of Arnoldi that find the largest eigenvalue
@@ -31,7 +32,7 @@ NOISE = 64  # eigenvalues and remainders below this many units of rounding, agai
 
 
 
-def hessian_product(objective, at: Point, examples: Examples, vector_Q: PyTree, microbatch: int) -> PyTree:
+def hessian_product(objective: Objective, at: Point, examples: Examples, vector_Q: PyTree, microbatch: int) -> PyTree:
     """Return H v for a stack of vectors, on the device; H of the mean loss a token over the examples."""
     zero_Q = jax.tree.map(jnp.zeros_like, vector_Q)
     total_Q, _ = gradients.sweep(_add_product(objective), zero_Q, (at, vector_Q), examples, microbatch)
@@ -100,9 +101,9 @@ class LiSSA:
             found.append(jax.tree.map(lambda x: host(x) / scale, u_Q))
             changes.append(np.stack(change_IQ))
         direction_Q = jax.tree.map(lambda *part: np.concatenate(part), *found)
-        change_IQ = np.concatenate(changes, axis=1).astype(np.float64)
-        notes = _unsettled(change_IQ, list(question.queries))
-        curves = {"change": change_IQ, "scale": np.array([scale])}
+        all_IQ = np.concatenate(changes, axis=1).astype(np.float64)
+        notes = _unsettled(all_IQ, list(question.queries))
+        curves = {"change": all_IQ, "scale": np.array([scale])}
         return _answer(self, question, at, direction_Q, spent=spent, curves=curves, notes=notes)
 
 
@@ -182,7 +183,9 @@ class Arnoldi:
         return _answer(self, question, at, gradients.stack(found), spent=spent, curves=curves, notes=notes)
 
 
-def krylov(objective, at: Point, examples: Examples, iterations: int, microbatch: int):
+def krylov(
+    objective: Objective, at: Point, examples: Examples, iterations: int, microbatch: int
+) -> tuple[jax.Array, jax.Array]:
     """Return an orthonormal basis (I, P) of the space of products with H, and H in it with its next row (I + 1, I)."""
     flat_P, unravel = ravel_pytree(at.model)
     key = jax.random.fold_in(at.key, START)
@@ -236,12 +239,12 @@ def _combined(basis_IP, weight_I):
     return jnp.matmul(weight_I, basis_IP, precision="highest")
 
 
-def _eigen(hessenberg) -> tuple[np.ndarray, np.ndarray]:
+def _eigen(hessenberg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     small = np.asarray(hessenberg, np.float64)[:-1]
     return np.linalg.eigh((small + small.T) / 2)
 
 
-def _answer(config, question: Question, at: Point, direction_Q, **rest) -> Answer:
+def _answer(config: Any, question: Question, at: Point, direction_Q: PyTree, **rest: Any) -> Answer:
     found = gradients.along(question, direction_Q, config.microbatch, config.examples, at=at, **rest)
     if not config.normalise:
         return found

@@ -29,6 +29,7 @@ from jaxforget.influence.gradients import Point
 from jaxforget.influence.question import Answer, Question
 from jaxforget.models.layers import Tapped
 from jaxforget.models.sharding import host
+from jaxforget.training.step import Objective, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,9 @@ class EKFAC:
         spent = (1 + 3 + 3) * gradients.tokens(batch)
         return gradients.along(question, direction_Q, self.microbatch, self.examples, at=at, spent=spent)
 
-    def _divide(self, wanted_Q: np.ndarray, square, basis, kind: Kind, count: int) -> np.ndarray:
+    def _divide(
+        self, wanted_Q: np.ndarray, square: jax.Array, basis: tuple[jax.Array, jax.Array] | None, kind: Kind, count: int
+    ) -> np.ndarray:
         """Return (F + lambda)^-1 g_q for one leaf; 0 where no example has a gradient."""
         eigenvalue = np.asarray(host(square), np.float64) / count
         damping = self.damping * eigenvalue.mean(axis=tuple(range(kind.lead, eigenvalue.ndim)), keepdims=True)
@@ -91,7 +94,7 @@ class Spec:
     rows: int
     seen: Callable[[str, tuple[int, ...]], None] | None = None
 
-    def rule(self, use: str, a, b, shape):
+    def rule(self, use: str, a: jax.Array, b: jax.Array, shape: tuple[int, ...]) -> PyTree:
         if self.seen is not None:
             self.seen(use, shape)
             return jnp.zeros(shape, jnp.float32)
@@ -105,7 +108,7 @@ def _second_moment(x_MD):
     return jnp.einsum("md,me->de", x_MD, x_MD, preferred_element_type=dtype, precision="highest")
 
 
-def _kinds(objective, at: Point, examples: Examples, widest: int) -> list[Kind]:
+def _kinds(objective: Objective, at: Point, examples: Examples, widest: int) -> list[Kind]:
     """Trace one row to see the uses of every leaf. Raises UserError where a leaf is met by something else."""
     leaves, treedef = jax.tree.flatten(at.model)
     uses: list[list] = [[] for _ in leaves]
@@ -132,7 +135,7 @@ def _kinds(objective, at: Point, examples: Examples, widest: int) -> list[Kind]:
     return kinds
 
 
-def _zero_factors(leaf, kind: Kind):
+def _zero_factors(leaf: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array] | None:
     if not kind.factored:
         return None
     lead, (D, F) = leaf.shape[: kind.lead], leaf.shape[kind.lead :]
@@ -140,7 +143,7 @@ def _zero_factors(leaf, kind: Kind):
 
 
 @functools.cache
-def _add_factors(objective, spec: Spec):
+def _add_factors(objective: Objective, spec: Spec) -> gradients.Visit:
     def visit(factors, at, batch):
         leaves, treedef = jax.tree.flatten(at.model)
 

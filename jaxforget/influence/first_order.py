@@ -114,9 +114,10 @@ class TracIn:
             direction_Q = gradients.query_gradients(question, at, self.microbatch)
             direction_Q = jax.tree.map(lambda x, rate=learning_rate: rate * x, direction_Q)
             found.append(gradients.along(question, direction_Q, self.microbatch, self.examples, at=at))
-        examples = {name: sum(one.examples[name] for one in found) for name in question.train if self.examples}
+        by_name = [one.examples for one in found if one.examples is not None]
+        examples = {name: np.sum([one[name] for one in by_name], axis=0) for name in question.train if by_name}
         spent = sum(one.forward_tokens for one in found)
-        return Answer(sum(one.scores_KQ for one in found), examples or None, forward_tokens=spent)
+        return Answer(np.sum([one.scores_KQ for one in found], axis=0), examples or None, forward_tokens=spent)
 
 
 def _answer(question: Question, scores_KQ: np.ndarray) -> Answer:

@@ -78,14 +78,16 @@ def sample(examples: Examples, count: int, seed: int, epoch: int = 0) -> Example
 Visit = Callable[[Any, Any, Batch], tuple[Any, Any]]  # carry, args, batch -> carry, what was seen (B, ...)
 
 
-def sweep(visit: Visit, carry, args, examples: Examples, microbatch: int, chunk: int = CHUNK):
+def sweep(
+    visit: Visit, carry: PyTree, args: PyTree, examples: Examples, microbatch: int, chunk: int = CHUNK
+) -> tuple[PyTree, PyTree]:
     """Carry something through all microbatches of a set. Returns (carry, what was seen, on the host with a leading N).
 
     The carry is donated. Rows of padding have weight 0 and repeat a real one. visit must be the same function at every
     call, or its program is compiled again.
     """
     checks.at_least(1, microbatch=microbatch)
-    seen = []
+    seen: list[PyTree] = []
     for batches_C, count in chunks(examples, microbatch, chunk):
         carry, one = _program(visit)(carry, args, batches_C, count)
         if seen:  # one behind, so that the device always has work
@@ -99,7 +101,7 @@ def sweep(visit: Visit, carry, args, examples: Examples, microbatch: int, chunk:
 
 
 @functools.cache
-def _program(visit: Visit):
+def _program(visit: Visit) -> Callable[..., tuple[PyTree, PyTree]]:
     @functools.partial(jax.jit, donate_argnums=0)
     def run(carry, args, batches_C, count):
         return scan_first(lambda carry, batch: visit(carry, args, batch), carry, batches_C, count)
@@ -136,7 +138,7 @@ def weighted_loss(objective: Objective, model: PyTree, at: Point, batch: Batch) 
 
 @functools.cache
 def _add_gradient(objective: Objective) -> Visit:
-    def visit(total, at: Point, batch):
+    def visit(total: PyTree, at: Point, batch: Batch) -> tuple[PyTree, tuple[()]]:
         gradient = jax.grad(lambda model: weighted_loss(objective, model, at, batch))(at.model)
         return jax.tree.map(jnp.add, total, gradient), ()
 
@@ -163,7 +165,7 @@ def stack(trees: Sequence[PyTree]) -> PyTree:
 
 def dots(left_K: PyTree, right_Q: PyTree) -> np.ndarray:
     """Return the products of all gradients of two stacks, float64 (K, Q)."""
-    total_KQ = 0.0
+    total_KQ = np.zeros((len(jax.tree.leaves(left_K)[0]), len(jax.tree.leaves(right_Q)[0])))
     for left, right in zip(jax.tree.leaves(left_K), jax.tree.leaves(right_Q), strict=True):
         left, right = left.reshape(len(left), -1), right.reshape(len(right), -1)
         step = max(1, BLOCK // max(len(left), len(right)))
@@ -187,14 +189,14 @@ def some(tree_Q: PyTree, start: int, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, leaf: jnp.asarray(x[start : start + QUERIES], leaf.dtype), tree_Q, like)
 
 
-def each(function, tree_Q: PyTree):
+def each(function: Callable[[PyTree], PyTree], tree_Q: PyTree) -> PyTree:
     """Apply a function to every gradient of a stack: one after the other on a CPU, side by side elsewhere."""
     return jax.lax.map(function, tree_Q) if jax.default_backend() == "cpu" else jax.vmap(function)(tree_Q)
 
 
 @functools.cache
 def _derivatives(objective: Objective) -> Visit:
-    def visit(carry, args, batch):
+    def visit(carry: PyTree, args: PyTree, batch: Batch) -> tuple[PyTree, tuple[()]]:
         at, direction_Q = args
         # Forward mode: no gradient of an example is ever formed.
         _, along = jax.linearize(lambda model: objective({**at.rest, "model": model}, batch, at.key), at.model)
@@ -225,7 +227,14 @@ def per_example(objective: Objective, at: Point, batch: Batch) -> tuple[jax.Arra
 
 # ------------------------------------------------------------------------------------------------- answers
 def along(
-    question: Question, direction_Q: PyTree, microbatch: int, examples: bool, *, at: Point, spent: float = 0.0, **rest
+    question: Question,
+    direction_Q: PyTree,
+    microbatch: int,
+    examples: bool,
+    *,
+    at: Point,
+    spent: float = 0.0,
+    **rest: Any,
 ) -> Answer:
     """Score every dataset by the derivative of its loss along a direction for each query, made of the query's gradient.
 

@@ -6,6 +6,7 @@ Shapes: K models, N examples, B batch.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ class SetLosses(NamedTuple):
 
 
 @functools.cache
-def _program(objective: Objective, how: Members):
+def _program(objective: Objective, how: Members) -> Callable[..., jax.Array]:
     how = ("map" if jax.default_backend() == "cpu" else "vmap") if how == "auto" else how
 
     @jax.jit

@@ -59,7 +59,7 @@ class Answer:
     examples: Mapping[str, np.ndarray] | None = None  # by dataset (N, Q), where a method has them
     curves: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # what was watched on the way, by name
     notes: tuple[str, ...] = ()  # sentences about what went wrong or needs care
-    forward_tokens: float | None = None  # the cost; a token that is differentiated as well counts 3
+    forward_tokens: float = 0.0  # the cost; a token that is differentiated as well counts 3
 
 
 class Method(Protocol):

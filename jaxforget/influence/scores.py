@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from jaxforget.errors import UserError
+from jaxforget.files import save_arrays
 from jaxforget.influence.question import Answer, Method, Question
-from jaxforget.influence.truth import save_arrays
 
 
 class Scores(NamedTuple):
@@ -101,7 +101,9 @@ def rows_of(scores: Scores) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------- drawings
 
 
-def heat_map(scores_KQ: np.ndarray, datasets: Sequence[str], queries: Sequence[str], title: str):
+def heat_map(
+    scores_KQ: np.ndarray, datasets: Sequence[str], queries: Sequence[str], title: str
+) -> Callable[[Any], None]:
     """Draw influences, every query divided by its largest: red helps, blue harms."""
 
     def draw(axes):
@@ -121,7 +123,7 @@ def heat_map(scores_KQ: np.ndarray, datasets: Sequence[str], queries: Sequence[s
     return draw
 
 
-def scatter(scores_KQ: np.ndarray, truth_KQ: np.ndarray, queries: Sequence[str], title: str):
+def scatter(scores_KQ: np.ndarray, truth_KQ: np.ndarray, queries: Sequence[str], title: str) -> Callable[[Any], None]:
     """Draw scores against the truth, every query standardised."""
 
     def draw(axes):

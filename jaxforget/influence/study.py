@@ -22,6 +22,7 @@ from jaxforget.report.run import from_plain
 from jaxforget.training.objectives import drawn_token, next_token, next_token_with_kl
 from jaxforget.training.optimizer import TrainConfig
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
+from jaxforget.training.step import Objective
 
 HEADS = ("causal", "seq2seq")
 
@@ -72,7 +73,7 @@ class Study(NamedTuple):
     queries: dict[str, Examples]
 
     @property
-    def objective(self):
+    def objective(self) -> Objective:
         return next_token(self.start.model)
 
     def question(self, params: Any, seed: int, checkpoints: tuple = ()) -> Question:

@@ -21,6 +21,7 @@ from jaxforget import checks
 from jaxforget.errors import UserError
 from jaxforget.influence import gradients
 from jaxforget.influence.question import Answer, Question
+from jaxforget.training.step import Objective, PyTree
 
 PROJECTION = 0x54524B  # what the key of R is folded with
 ROWS = 1 << 14  # of R that exist at a time
@@ -82,7 +83,7 @@ class TRAK:
 
 
 @functools.cache
-def _features(objective, dimension: int):
+def _features(objective: Objective, dimension: int) -> gradients.Visit:
     def visit(carry, args, batch):
         at, key = args
         loss_B, grads_B = gradients.per_example(objective, at, batch)
@@ -93,12 +94,12 @@ def _features(objective, dimension: int):
     return visit
 
 
-def project(grads_B, key: jax.Array, dimension: int) -> jax.Array:
+def project(grads_B: PyTree, key: jax.Array, dimension: int) -> jax.Array:
     """Return gradients times R, (B, J); R has entries +-1 / sqrt(J), functions of the key and the shapes alone."""
     flat = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(grads_B)]
     if not dimension:
         return jnp.concatenate(flat, axis=1)
-    total_BJ = 0.0
+    total_BJ = jnp.zeros((), flat[0].dtype)
     for i, leaf_BP in enumerate(flat):
         rows = min(ROWS, leaf_BP.shape[1])
         blocks = -(-leaf_BP.shape[1] // rows)
@@ -114,7 +115,7 @@ def project(grads_B, key: jax.Array, dimension: int) -> jax.Array:
     return total_BJ / np.sqrt(dimension).astype(total_BJ.dtype)
 
 
-def _signs(key, rows: int, dimension: int) -> jax.Array:
+def _signs(key: jax.Array, rows: int, dimension: int) -> jax.Array:
     """Draw +-1, (rows, dimension), int8: one random bit each."""
     words = jax.random.bits(key, (rows, dimension // 32, 1), jnp.uint32)
     bits = (words >> jnp.arange(32, dtype=jnp.uint32)[None, None]) & 1

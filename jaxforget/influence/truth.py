@@ -11,12 +11,11 @@ Shapes: K datasets, Q queries, O seeds, J random subsets, M members.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -27,13 +26,13 @@ from jaxforget.data.tokens import Examples, concatenate, same_widths
 from jaxforget.errors import UserError
 from jaxforget.influence.losses import set_losses
 from jaxforget.models.sharding import host
-from jaxforget.training.batches import Batches, Stream
+from jaxforget.training.batches import AnyBatches, Batches, Stream
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import TrainConfig, adamw, set_schedule
-from jaxforget.training.step import Objective, make_step
+from jaxforget.training.step import Objective, Parts, make_step
 from jaxforget.training.trainable import everything
 
 
@@ -82,7 +81,7 @@ class Truth:
         """Write one .npz, completely or not at all."""
         arrays = {name: getattr(self, name) for name in ("full_OQ", "without_OKQ", "subset_OJQ", "kept_JK")}
         text = json.dumps({"datasets": self.datasets, "queries": self.queries, "about": self.about})
-        save_arrays(path, about=np.array(text), **arrays)
+        files.save_arrays(path, about=np.array(text), **arrays)
 
 
 def load_truth(path: Path) -> Truth:
@@ -96,20 +95,15 @@ def load_truth(path: Path) -> Truth:
         raise UserError(f"{path} is not a truth.npz that eval.influence or benchmarks.untrac wrote ({error})") from None
 
 
-def save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write an .npz by one rename."""
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    files.write_atomic(path, content.getvalue())
-
 
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
-class Cut(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut:
     """The first `steps` of batches."""
 
-    batches: Batches
+    batches: AnyBatches
     steps: int
 
     @property
@@ -119,7 +113,10 @@ class Cut(NamedTuple):
     def tokens_until(self, steps: int) -> int:
         return self.batches.tokens_until(steps)
 
-    def take(self, start: int, stop: int, size: int):
+    def count(self, start: int, stop: int) -> int:
+        return self.batches.count(start, stop)
+
+    def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]:
         return self.batches.take(start, stop, size)
 
 
@@ -130,7 +127,9 @@ def subsets(names: Sequence[str], count: int) -> np.ndarray:
     return draws_JK.argsort(axis=1).argsort(axis=1) < len(names) // 2
 
 
-def run_batches(train: Mapping[str, Examples], kept_K: Sequence[bool], config: TrainConfig, seed: int, steps: int):
+def run_batches(
+    train: Mapping[str, Examples], kept_K: Sequence[bool], config: TrainConfig, seed: int, steps: int
+) -> AnyBatches:
     """Give the batches of a run on some of the datasets. steps: how many, or 0 for all epochs of what is kept."""
     kept = [examples for examples, keep in zip(train.values(), kept_K, strict=True) if keep]
     batches = Batches((Stream(concatenate(kept), config.batch_size),), config.epochs, seed, "token")
@@ -180,7 +179,7 @@ def retrain(
             batches = [run_batches(train, kept_K, training, one, fixed) for one, kept_K in group]
             made = _group(objective, params, queries, config, training, step, group, batches, directory, keep,
                           keep_every, **loop)  # fmt: skip
-            save_arrays(file, **made)
+            files.save_arrays(file, **made)
         with np.load(file) as saved:
             losses_MQ.append(saved["losses_MQ"])
             seconds, tokens = seconds + float(saved["seconds"]), tokens + float(saved["tokens"])
@@ -202,7 +201,7 @@ def _group(objective, params, queries, config, training, step, group, batches, d
     full = [(m, one) for m, (one, kept_K) in enumerate(group) if all(kept_K)]
     seen = 0
 
-    def evaluate(at: int, parts_M) -> bool:
+    def evaluate(at: int, parts_M: Parts) -> bool:
         nonlocal seen
         if at > seen and keep is not None:
             seen = at

@@ -30,15 +30,17 @@ from jaxforget.training.ensemble import MemberBatches, Members, members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import set_schedule
-from jaxforget.training.step import make_step
+from jaxforget.training.step import Parts, make_step
 from jaxforget.training.trainable import everything
+
+Optimizer = Literal["adam", "adafactor", "rmsprop", "sgd", "momentum"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AscentConfig:
     """How to ascend."""
 
-    optimizer: Literal["adam", "adafactor", "rmsprop", "sgd", "momentum"] = "adam"
+    optimizer: Optimizer = "adam"
     """Optimiser by torch's definition, see influence/optimizers.py."""
     learning_rate: float = 5e-5
     """Constant learning rate."""
@@ -107,7 +109,9 @@ class UnTracInv(AscentConfig):
 
 def answers(method: UnTrac | UnTracInv, question: Question, rates: Sequence[float]) -> list[Answer]:
     """Answer with each of several learning rates; all of them are members of one program."""
-    return (_inverse if isinstance(method, UnTracInv) else _forward)(method, question, tuple(rates))
+    if isinstance(method, UnTracInv):
+        return _inverse(method, question, tuple(rates))
+    return _forward(method, question, tuple(rates))
 
 
 # ------------------------------------------------------------------------------------------------ two directions
@@ -163,7 +167,9 @@ def _inverse(method: UnTracInv, question: Question, rates: tuple[float, ...]) ->
     return results
 
 
-def _left(method: AscentConfig, question: Question, steps: Sequence[int], losses_SKQ: np.ndarray):
+def _left(
+    method: AscentConfig, question: Question, steps: Sequence[int], losses_SKQ: np.ndarray
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Return the first watched step at which each loss was out of range, NaN where none was, and a note about it."""
     out_SKQ = ~(losses_SKQ <= method.collapse * question.chance)  # NaN is in no range
     left_KQ = np.where(out_SKQ.any(axis=0), np.asarray(steps, np.float64)[out_SKQ.argmax(axis=0)], np.nan)
@@ -198,7 +204,8 @@ def ascend(
     Returns the steps at which the watched sets were evaluated, every `every` and the last, and their losses (S, M, N).
     A run that is shorter than others keeps its last values.
     """
-    objective, parts, anchor = question.objective, {"model": question.parts["model"]}, ()
+    objective, parts = question.objective, {"model": question.parts["model"]}
+    anchor: tuple[Stream, ...] = ()
     if method.kl_weight:
         if question.anchored is None:
             raise UserError("kl_weight needs the logits of a language model, which this question does not tell")
@@ -214,7 +221,7 @@ def ascend(
     ]
     last = max(one.steps for one in batches)
     stops = sorted({*range(every, last, every), last} if every else {last})
-    groups: list[dict[str, list[np.ndarray]]] = []
+    groups: list[dict[str, list[SetLosses]]] = []
     for first in range(0, len(runs), width):
         group = slice(first, first + width)
         count = len(runs[group])
@@ -225,7 +232,7 @@ def ascend(
         states = set_schedule(states, learning_rate=rates, total=[1.0] * len(rates))
         seen: dict[int, dict[str, SetLosses]] = {}
 
-        def look(at: int, parts_M, seen=seen) -> bool:
+        def look(at: int, parts_M: Parts, seen: dict[int, dict[str, SetLosses]] = seen) -> bool:
             if at:
                 seen[at] = {
                     name: set_losses(question.objective, parts_M["model"], examples, how=method.members)

@@ -7,7 +7,7 @@ The forget set are the members, never-trained texts of the same kind the non-mem
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -59,13 +59,13 @@ def lowest(scores: TokenScores, percent: float) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------- the metric
-def ask(reader: Reader, sets: Mapping[str, list[Record]], options) -> Request:
+def ask(reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> Request:
     """Ask for the forget set and the never-trained one, and for their gradients if that attack is wanted."""
     scored = {side: reader.encode(sets[side], side) for side in SIDES}
     return Request(scored=scored, gradients=scored if options.gradnorm else {})
 
 
-def measure(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options) -> dict[str, Any]:
+def measure(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> dict[str, Any]:
     """Return the score of every text under every attack, as `<attack>_forget` and `<attack>_approximate`."""
     items: dict[str, Any] = {}
     for side in SIDES:
@@ -90,17 +90,22 @@ def summarise(items: Mapping[str, Any], retrained: Mapping[str, Any] | None) -> 
         row[f"auc_{name}"], row[f"auc_{name}_ci95"] = _auc(items, name)
     if not retrained:
         return row
-    own = row["auc_min_k"], _auc(retrained, "min_k")[0]
-    if None in own:
-        row |= {"privleak": None, "note": "PrivLeak needs the AUC of both models; one of them has no finite score"}
-    else:
-        row |= noted(lambda: {"privleak": privleak(*own)}, "privleak")
+    row |= _compared("privleak", privleak, row["auc_min_k"], _auc(retrained, "min_k")[0]) or {
+        "privleak": None, "note": "PrivLeak needs the AUC of both models; one of them has no finite score"
+    }  # fmt: skip
     for name in names:
-        pair = row[f"auc_{name}"], _auc(retrained, name)[0]
-        if None not in pair:
-            found = noted(lambda pair=pair, name=name: {f"smia_{name}": smia(*pair)}, f"smia_{name}")
-            row |= {key: value for key, value in found.items() if key != "note"}
+        found = _compared(f"smia_{name}", smia, row[f"auc_{name}"], _auc(retrained, name)[0])
+        row |= {key: value for key, value in found.items() if key != "note"}
     return row | {"privacy": harmonic_mean(row.get(f"smia_{name}") for name in PRIVACY)}
+
+
+def _compared(
+    field: str, compute: Callable[[float, float], float], own: float | None, other: float | None
+) -> dict[str, Any]:
+    """Compare two AUCs; nothing where one is missing."""
+    if own is None or other is None:
+        return {}
+    return noted(lambda: {field: compute(own, other)}, field)
 
 
 def _auc(items: Mapping[str, Any], name: str) -> tuple[float | None, float | None]:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxforget.data.sources import Record
 from jaxforget.errors import UserError
 from jaxforget.metrics import attacks, memorisation, muse, tofu
 from jaxforget.metrics.bias.generation import load_scorer
@@ -17,6 +18,7 @@ from jaxforget.metrics.composite import estimate, harmonic_mean, noted, relative
 from jaxforget.metrics.evidence import Evidence, Reader, Request, ask_to_write, gather, require_questions
 from jaxforget.metrics.language import language_metrics
 from jaxforget.metrics.membership import membership_aucs
+from jaxforget.models import Params
 from jaxforget.report.run import plain
 
 
@@ -72,11 +74,13 @@ class Metric(NamedTuple):
 LANGUAGE = ("forget", "approximate", "retain", "general")
 
 
-def _ask_language(reader: Reader, sets, config: MeasureConfig) -> Request:
+def _ask_language(reader: Reader, sets: Mapping[str, list[Record]], config: MeasureConfig) -> Request:
     return Request(scored={name: reader.encode(sets[name], name) for name in LANGUAGE if name in sets})
 
 
-def _measure_language(evidence: Evidence, reader: Reader, sets, config: MeasureConfig) -> dict[str, Any]:
+def _measure_language(
+    evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], config: MeasureConfig
+) -> dict[str, Any]:
     scores = {name: evidence.scored[name].scores for name in LANGUAGE if name in sets}
     row = {f"{name}_{key}": value for name, one in scores.items() for key, value in language_metrics(one).items()}
     if "approximate" in scores:
@@ -84,21 +88,23 @@ def _measure_language(evidence: Evidence, reader: Reader, sets, config: MeasureC
     return row
 
 
-def _ask_fluency(reader: Reader, sets, config: MeasureConfig) -> Request:
+def _ask_fluency(reader: Reader, sets: Mapping[str, list[Record]], config: MeasureConfig) -> Request:
     require_questions(sets["forget"], "forget", "fluency")
     if config.fluency is None:
         raise UserError("metric fluency needs --fluency, a classifier of text")
     _fluency_scorer(config.fluency, config.fluency_label)
-    prompts = [reader.prompt(record.prompt) for record in sets["forget"]]
+    prompts = [reader.prompt(record.question) for record in sets["forget"]]
     return Request(written={"forget": ask_to_write(reader, prompts, config.max_new_tokens, "forget")})
 
 
-def _measure_fluency(evidence: Evidence, reader: Reader, sets, config: MeasureConfig) -> dict[str, Any]:
+def _measure_fluency(
+    evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], config: MeasureConfig
+) -> dict[str, Any]:
     return {"fluency": _fluency_scorer(config.fluency, config.fluency_label)(evidence.written["forget"])}
 
 
 @functools.cache
-def _fluency_scorer(name: str, label: str | None):
+def _fluency_scorer(name: str, label: str | None) -> Callable[[Sequence[str]], np.ndarray]:
     try:
         return load_scorer(name, label)
     except UserError as error:
@@ -188,7 +194,9 @@ def require(metrics: Mapping[str, Metric], sets: Mapping[str, Any]) -> None:
         raise UserError("metric knowledge needs --forget-questions, or --forget with questions and answers")
 
 
-def request(metrics: Mapping[str, Metric], reader: Reader, sets, config: MeasureConfig) -> Request:
+def request(
+    metrics: Mapping[str, Metric], reader: Reader, sets: Mapping[str, list[Record]], config: MeasureConfig
+) -> Request:
     """Join what metrics ask of a model. Raises UserError for what cannot be measured."""
     joined = Request()
     for metric in metrics.values():
@@ -197,7 +205,12 @@ def request(metrics: Mapping[str, Metric], reader: Reader, sets, config: Measure
 
 
 def measure(
-    metrics: Mapping[str, Metric], asked: Request, reader: Reader, params, sets, config: MeasureConfig
+    metrics: Mapping[str, Metric],
+    asked: Request,
+    reader: Reader,
+    params: Params,
+    sets: Mapping[str, list[Record]],
+    config: MeasureConfig,
 ) -> dict[str, dict[str, Any]]:
     """Measure a model by what was asked: the items of every metric, JSON values with None for what is missing."""
     evidence = gather(reader, params, asked, config.batch_size)
@@ -218,7 +231,7 @@ def summarise(items: Mapping[str, dict[str, Any]], retrained: Mapping[str, dict[
 
 def overall(row: Mapping[str, Any], original: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return utility_rel and overall, given the row of the model before unlearning; nothing where parts are missing."""
-    parts = [row.get(name) for name in ("memorisation", "privacy", "utility")]
+    parts: list[Any] = [row.get(name) for name in ("memorisation", "privacy", "utility")]
     if original is None or original.get("utility") is None or None in parts:
         return {}
     found = noted(lambda: {"utility_rel": relative_utility(parts[2], original["utility"])}, "utility_rel")

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxforget.data.tokens import Examples
 from jaxforget.metrics.language import in_batches
+from jaxforget.models import Model, Params
 
 
 @functools.cache
@@ -17,7 +18,7 @@ def _scorer(model):
     return jax.jit(lambda params, batch: jax.nn.log_softmax(model.batch_logits(params, batch).astype(jnp.float32)))
 
 
-def class_logp(model, params, examples: Examples, batch: int = 32) -> np.ndarray:
+def class_logp(model: Model, params: Params, examples: Examples, batch: int = 32) -> np.ndarray:
     """Return log p of every class for every example in nats, float32 (N, C)."""
     return in_batches(_scorer(model), params, examples, batch)
 

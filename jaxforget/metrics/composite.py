@@ -20,9 +20,10 @@ TINY = 1e-12
 def harmonic_mean(values: Iterable[float | None]) -> float | None:
     """Return n / sum of 1 / (x + 1e-12); None where a value is missing."""
     values = list(values)
-    if not values or any(value is None for value in values):
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return None
-    return float(len(values) / sum(1.0 / (value + TINY) for value in values))
+    return float(len(known) / sum(1.0 / (value + TINY) for value in known))
 
 
 def estimate(name: str, value_N: Any, scale: float = 1.0) -> dict[str, float | None]:
@@ -84,7 +85,7 @@ def quantise(before: float, after: float, *, one_sided: bool = False) -> float:
     return 1.0 - abs(after - before) / (after + before) if after + before else 1.0
 
 
-def robustness(relearned: float, quantised: float) -> float:
+def robustness(relearned: float, quantised: float) -> float | None:
     """Return the harmonic mean of the two."""
     return harmonic_mean((relearned, quantised))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from jaxforget.errors import UserError
 from jaxforget.metrics.bias.generation import encode_prompts
 from jaxforget.metrics.bias.scoring import AT_ONCE, width_of
 from jaxforget.metrics.language import TokenScores, in_batches
-from jaxforget.models import sharding
+from jaxforget.models import Model, Params, sharding
 from jaxforget.models.generate import generate
 from jaxforget.training.objectives import sequence_mean, token_logp
 
@@ -91,7 +91,7 @@ class Evidence(NamedTuple):
     gradients: Mapping[str, np.ndarray]
 
 
-def gather(reader: Reader, params, request: Request, batch: int = 32) -> Evidence:
+def gather(reader: Reader, params: Params, request: Request, batch: int = 32) -> Evidence:
     """Answer a request. batch: rows at once, fewer where logits would fill memory."""
     params = sharding.place(params)
     model, scored = reader.model, {}
@@ -151,7 +151,9 @@ def _norms(model):
     return norms
 
 
-def _together(function, model, params, sets: Mapping[str, Examples], batch: int):
+def _together(
+    function: Callable[..., Any], model: Model, params: Params, sets: Mapping[str, Examples], batch: int
+) -> Iterator[tuple[str, Examples, Any]]:
     """Yield (name, examples, arrays) for every set: all rows of a width go through the function together."""
     if not sets:
         return
@@ -169,16 +171,16 @@ def _together(function, model, params, sets: Mapping[str, Examples], batch: int)
     back = np.argsort(np.concatenate(order))
     arrays, start = jax.tree.map(lambda *several: np.concatenate(several)[back], *parts), 0
     for name, examples in sets.items():
-        rows, T = slice(start, start + len(examples)), examples.columns["tokens"].shape[1]
-        yield name, examples, jax.tree.map(functools.partial(_cut, rows=rows, width=T), arrays)
+        mine, T = slice(start, start + len(examples)), examples.columns["tokens"].shape[1]
+        yield name, examples, jax.tree.map(functools.partial(_cut, rows=mine, width=T), arrays)
         start += len(examples)
 
 
-def _widened(x, width: int):
+def _widened(x: np.ndarray, width: int) -> np.ndarray:
     return np.pad(x, ((0, 0), (0, width - x.shape[1]))) if x.ndim == 2 else x
 
 
-def _cut(x, rows: slice, width: int):
+def _cut(x: np.ndarray, rows: slice, width: int) -> np.ndarray:
     return x[rows, :width] if x.ndim == 2 else x[rows]
 
 
@@ -196,7 +198,7 @@ def ask_to_write(reader: Reader, texts: Sequence[str], max_new_tokens: int, wher
     return Prompts(texts, min(room, max_new_tokens))
 
 
-def write(reader: Reader, params, prompts: Sequence[str], max_new_tokens: int, batch: int = 32) -> list[str]:
+def write(reader: Reader, params: Params, prompts: Sequence[str], max_new_tokens: int, batch: int = 32) -> list[str]:
     """Continue prompts greedily until EOS; return what was written, without special tokens."""
     model, tokenizer = reader.model, reader.tokenizer
     eos, pad = tokenizer.eos_token_id, pad_id_of(tokenizer)

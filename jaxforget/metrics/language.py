@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 
 from jaxforget.data.sampling import hash64
 from jaxforget.data.tokens import Examples
+from jaxforget.models import Model, Params
 from jaxforget.models.sharding import ROWS, host, place, place_rows, size
 from jaxforget.training.objectives import mask_tokens, token_logp
 
@@ -35,7 +37,7 @@ def _scorer(model):
     return score
 
 
-def in_batches(function, params, examples: Examples, batch: int):
+def in_batches(function: Callable[..., Any], params: Any, examples: Examples, batch: int) -> Any:
     """Apply a compiled `function(params, batch)` to all examples and join its arrays on the host."""
     params, results = place(params), []
     batch += -batch % size(*ROWS)
@@ -46,7 +48,7 @@ def in_batches(function, params, examples: Examples, batch: int):
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(examples)], *map(host, results))
 
 
-def token_scores(model, params, examples: Examples, batch: int = 32) -> TokenScores:
+def token_scores(model: Model, params: Params, examples: Examples, batch: int = 32) -> TokenScores:
     """Score every label of every example under the model."""
     logp_NT, correct_NT = in_batches(_scorer(model), params, examples, batch)
     return TokenScores(logp_NT, correct_NT, examples.scored)

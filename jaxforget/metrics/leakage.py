@@ -22,6 +22,7 @@ from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.metrics.language import in_batches
 from jaxforget.metrics.leakage_heads import draw_heads, head_logp
+from jaxforget.models import Model, Params
 from jaxforget.models.sharding import ROWS, host, size
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
@@ -66,7 +67,7 @@ def _embedder(model):
     return jax.jit(lambda params, batch: model.pooled(params, batch).astype(jnp.float32))
 
 
-def embed(model, params, examples: Examples, batch: int = 64) -> np.ndarray:
+def embed(model: Model, params: Params, examples: Examples, batch: int = 64) -> np.ndarray:
     """Return what the head reads of every example, float32 (N, D)."""
     return in_batches(_embedder(model), params, examples, batch)
 
@@ -76,7 +77,7 @@ def _score(model):
     return jax.jit(model.classify)
 
 
-def predict(model, params, x_ND: np.ndarray) -> np.ndarray:
+def predict(model: Model, params: Params, x_ND: np.ndarray) -> np.ndarray:
     """Return the class that the head of a model gives embeddings, int (N,)."""
     return host(_score(model)(params, jnp.asarray(x_ND))).argmax(axis=-1)
 
@@ -149,7 +150,9 @@ def attack(train: Split, valid: Split, test: Split, classes: int, config: Attack
     }
 
 
-def label_floor(train_label_N, train_attribute_N, label_N, attribute_N, classes: int) -> float:
+def label_floor(
+    train_label_N: np.ndarray, train_attribute_N: np.ndarray, label_N: np.ndarray, attribute_N: np.ndarray, classes: int
+) -> float:
     """Return the balanced accuracy, in percent, of the best attacker that sees the gold task label alone.
 
     For every label it names the class a with the largest P(label | a) of the training set.

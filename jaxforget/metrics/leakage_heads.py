@@ -6,13 +6,15 @@ width, C classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 DROPOUT = 0.3
 
 
-def draw_heads(key, heads: int, width: int, classes: int):
+def draw_heads(key: jax.Array, heads: int, width: int, classes: int) -> dict[str, Any]:
     """Draw heads from U(-1 / sqrt(inputs), 1 / sqrt(inputs)), kernels and biases: every leaf has a leading H."""
     bound = width**-0.5
 
@@ -30,7 +32,9 @@ def draw_heads(key, heads: int, width: int, classes: int):
     return jax.vmap(one)(jax.random.split(key, heads))
 
 
-def head_logp(heads_H, x_BD, key=None, dropout: float = DROPOUT):
+def head_logp(
+    heads_H: dict[str, Any], x_BD: jax.Array, key: jax.Array | None = None, dropout: float = DROPOUT
+) -> jax.Array:
     """Return log p of every class by every head, float32 (H, B, C). Without a key nothing is dropped."""
 
     def one(head, key):
@@ -48,7 +52,7 @@ def _dense(layer, x_BD):
     return x_BD @ layer["kernel"] + layer["bias"][None]
 
 
-def _dropped(x_BD, key, rate: float):
+def _dropped(x_BD: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
     if key is None or not rate:
         return x_BD
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x_BD.shape), x_BD / (1.0 - rate), 0.0)

@@ -43,12 +43,12 @@ def without_last(scores: TokenScores) -> TokenScores:
 
 
 # ---------------------------------------------------------------------------------------------------- the metric
-def ask(reader: Reader, sets: Mapping[str, list[Record]], options) -> Request:
+def ask(reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> Request:
     """Ask for the forget set, and where its records have them for paraphrased and wrong answers."""
     return tofu.ask_ratios(reader, "forget", sets["forget"])
 
 
-def measure(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options) -> dict[str, Any]:
+def measure(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> dict[str, Any]:
     """Return em, es, paraprob and truth (T3) of every item."""
     scores = evidence.scored["forget"].scores
     scores = without_last(scores) if options.drop_last else scores

@@ -31,13 +31,15 @@ PREFIXES = (
 
 
 # ---------------------------------------------------------------------------------------------------- verbatim
-def ask_verbatim(reader: Reader, sets: Mapping[str, list[Record]], options) -> Request:
+def ask_verbatim(reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> Request:
     """Ask for the continuation of every prompt."""
-    prompts = [record.prompt for record in sets["verbatim"]]
+    prompts = [record.question for record in sets["verbatim"]]
     return Request(written={"verbatim": ask_to_write(reader, prompts, VERBATIM_TOKENS, "verbatim")})
 
 
-def measure_verbatim(evidence: Evidence, reader: Reader, sets, options) -> dict[str, Any]:
+def measure_verbatim(
+    evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options: Any
+) -> dict[str, Any]:
     """Return the F1 of what was written with the first 128 tokens of what comes next in the text."""
     texts = [record.text for record in sets["verbatim"]]
     ids = reader.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -52,7 +54,7 @@ def summarise_verbatim(items: Mapping[str, Any], retrained: Mapping[str, Any] | 
 
 
 # --------------------------------------------------------------------------------------------------- knowledge
-def ask_knowledge(reader: Reader, sets: Mapping[str, list[Record]], options) -> Request:
+def ask_knowledge(reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> Request:
     """Ask the questions about the forget and the retain set in every wording that is wanted."""
     if unknown := set(options.prompts) - set(PROMPTS):
         raise UserError(f"--prompts {min(unknown)} is unknown; valid are {', '.join(PROMPTS)}")
@@ -67,7 +69,9 @@ def ask_knowledge(reader: Reader, sets: Mapping[str, list[Record]], options) -> 
     return Request(written={f"knowledge {name}": prompts for name, prompts in written.items()})
 
 
-def measure_knowledge(evidence: Evidence, reader: Reader, sets, options) -> dict[str, Any]:
+def measure_knowledge(
+    evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options: Any
+) -> dict[str, Any]:
     """Return the F1 of every answer with the right one, by `<side> <wording>`, and the answers."""
     items: dict[str, Any] = {}
     for side in SIDES:
@@ -102,13 +106,15 @@ def questions(sets: Mapping[str, list[Record]], side: str) -> list[Record]:
     return [] if any(record.prompt is None for record in sets.get(side, [])) else sets.get(side, [])
 
 
-def wordings(reader: Reader, records: Sequence[Record], few_shot: Sequence[Record], options) -> dict[str, list[str]]:
+def wordings(
+    reader: Reader, records: Sequence[Record], few_shot: Sequence[Record], options: Any
+) -> dict[str, list[str]]:
     """Return the prompts of every wording that is wanted and known: plain, paraphrased, prefix<i>."""
     template = options.knowledge_template or reader.text.prompt_template
     ask = lambda question: template.replace("{question}", question)  # noqa: E731
     gap = "" if template.endswith(" ") else " "
-    shots = "".join(f"{ask(shot.prompt)}{gap}{shot.text}\n\n" for shot in few_shot)
-    known: dict[str, list[str]] = {"plain": [record.prompt for record in records]}
+    shots = "".join(f"{ask(shot.question)}{gap}{shot.text}\n\n" for shot in few_shot)
+    known: dict[str, list[str]] = {"plain": [record.question for record in records]}
     if all(isinstance(record.fields.get("paraphrased_question"), str) for record in records):
         known["paraphrased"] = [record.fields["paraphrased_question"] for record in records]
     result = {name: [shots + ask(one) for one in known[name]] for name in known if name in options.prompts}

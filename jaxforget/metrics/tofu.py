@@ -80,7 +80,7 @@ def forget_quality(log_t_N: np.ndarray, retrained_N: np.ndarray) -> dict[str, fl
 
 
 # ---------------------------------------------------------------------------------------------------- the metric
-def ask(reader: Reader, sets: Mapping[str, list[Record]], options) -> Request:
+def ask(reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> Request:
     """Ask for all answers of the TOFU sets that are given, and for what the model answers itself."""
     request = Request()
     for name in SETS:
@@ -89,7 +89,7 @@ def ask(reader: Reader, sets: Mapping[str, list[Record]], options) -> Request:
         require_questions(sets[name], name, "tofu")
         if name in CHOICES and not wrong_answers(sets[name]):
             raise UserError(f"--{name.replace('_', '-')} has no field 'perturbed_answer', the choices of metric tofu")
-        prompts = [reader.prompt(record.prompt) for record in sets[name]]
+        prompts = [reader.prompt(record.question) for record in sets[name]]
         written = {name: ask_to_write(reader, prompts, options.max_new_tokens, name)}
         request |= Request(written=written) | ask_ratios(reader, name, sets[name])
     return request
@@ -108,7 +108,7 @@ def ask_ratios(reader: Reader, name: str, records: list[Record]) -> Request:
     return Request(scored)
 
 
-def measure(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options) -> dict[str, Any]:
+def measure(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], options: Any) -> dict[str, Any]:
     """Return per-item numbers: probability, rouge, and log T1 and T2 where records have wrong answers."""
     items: dict[str, Any] = {}
     for name in (name for name in SETS if name in sets):

@@ -38,7 +38,7 @@ TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_S
 _READ = "peft_type r lora_alpha use_rslora init_lora_weights target_modules modules_to_save fan_in_fan_out"
 _IDLE = "task_type base_model_name_or_path revision peft_version auto_mapping inference_mode lora_dropout"
 _KNOWN = f"{_READ} {_IDLE} megatron_core qalora_group_size".split()  # the last two matter with other options only
-_OFF = (None, False, "none", {}, [])  # what every other field has to be
+_OFF: tuple[Any, ...] = (None, False, "none", {}, [])  # what every other field has to be
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -178,9 +178,9 @@ def _read_settings(raw: dict[str, Any]) -> tuple[int, float]:
     # The other ways to draw an adapter change the base as well.
     if (drawn := raw.get("init_lora_weights", True)) not in (True, False, "gaussian", "orthogonal"):
         raise UserError(f"field init_lora_weights is {drawn!r}, which is not implemented")
-    names = raw.get("target_modules")
+    names: Any = raw.get("target_modules")
     try:
-        valid = isinstance(names, list) or re.compile(names)
+        valid = isinstance(names, list) or bool(re.compile(names))
     except (TypeError, re.error):
         valid = False
     if not valid:

@@ -9,11 +9,11 @@ from typing import Any
 
 from jaxforget.errors import UserError
 
-_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
+_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 SOURCE = "source"
 
 
-def source_field():
+def source_field() -> Any:
     """Declare the field that keeps the original config.json as text, so that saving loses no key.
 
     It takes no part in equality or hashing: two models that compute the same are the same to jit.
@@ -21,7 +21,9 @@ def source_field():
     return dataclasses.field(default="{}", compare=False, repr=False)
 
 
-def read(cls, raw: dict[str, Any], *, defaults: dict[str, Any] | None = None, ignore: Iterable[str] = (), **given):
+def read(
+    cls: Any, raw: dict[str, Any], *, defaults: dict[str, Any] | None = None, ignore: Iterable[str] = (), **given: Any
+) -> Any:
     """Build the dataclass `cls` from the keys of `raw` that it declares.
 
     given: fields that the caller has read. defaults: values of absent keys, before those of the class.
@@ -29,14 +31,14 @@ def read(cls, raw: dict[str, Any], *, defaults: dict[str, Any] | None = None, ig
     """
     found = {name: value for name, value in raw.items() if name not in ignore}
     found = (defaults or {}) | found
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         # The annotations are text such as "int | None". Other types are read by their family, and come in
         # `given`.
         kind, _, optional = str(field.type).partition(" | ")
         if field.name in given or field.name not in found or field.name == SOURCE:
             continue
-        value = found[field.name]
+        value: Any = found[field.name]
         if value is None:
             if optional:
                 values[field.name] = None
@@ -49,7 +51,7 @@ def read(cls, raw: dict[str, Any], *, defaults: dict[str, Any] | None = None, ig
     return cls(**values, **given)
 
 
-def write(config, architectures: dict[str, dict[str, str]], *, drop: Iterable[str] = ()) -> dict[str, Any]:
+def write(config: Any, architectures: dict[str, dict[str, str]], *, drop: Iterable[str] = ()) -> dict[str, Any]:
     """Return config.json: the keys it was read from, updated by the fields of `config` except `drop`, and the head."""
     skip = {SOURCE, "head", "labels", *drop}
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in skip}
@@ -88,35 +90,35 @@ def head_from(raw: dict[str, Any], heads: dict[str, str]) -> dict[str, Any]:
     return {"head": head, "labels": labels}
 
 
-def check_head(config, architectures: dict[str, dict[str, str]]) -> None:
+def check_head(config: Any, architectures: dict[str, dict[str, str]]) -> None:
     """Raise UserError unless the family has this head, and classification its labels."""
     choose("head", config.head, architectures[config.model_type])
     if config.head == "classification" and len(set(config.labels)) < max(2, len(config.labels)):
         raise UserError(f"config field labels is {config.labels!r}; classification needs two or more different names")
 
 
-def only(raw: dict[str, Any], **allowed) -> None:
+def only(raw: dict[str, Any], **allowed: Any) -> None:
     """Raise UserError for a field that is set to anything but the one value that is implemented."""
     for name, value in allowed.items():
         if raw.get(name, value) != value:
             raise UserError(f"config field {name} is {raw[name]!r}; supported: {value!r}")
 
 
-def choose(name: str, value, allowed: Iterable) -> None:
+def choose(name: str, value: Any, allowed: Iterable) -> None:
     """Raise UserError unless `value` is one of `allowed`."""
     allowed = list(allowed)
     if value not in allowed:
         raise UserError(f"config field {name} is {value!r}; supported: {', '.join(map(str, allowed))}")
 
 
-def positive(config, *names: str) -> None:
+def positive(config: Any, *names: str) -> None:
     """Raise UserError unless every named field is above 0."""
     for name in names:
         if getattr(config, name) <= 0:
             raise UserError(f"config field {name} is {getattr(config, name)!r}; it must be above 0")
 
 
-def divides(config, whole: str, part: str) -> None:
+def divides(config: Any, whole: str, part: str) -> None:
     """Raise UserError unless field `whole` is a multiple of field `part`."""
     if getattr(config, whole) % getattr(config, part):
         raise UserError(

@@ -5,6 +5,9 @@ Shapes: B batch, T tokens, D width, F MLP width, N heads, H head width, V vocabu
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -34,7 +37,7 @@ REQUIRED = {
 class Top(nnx.Module):
     """What surrounds the blocks."""
 
-    def __init__(self, config, draws: Draws):
+    def __init__(self, config: Any, draws: Draws):
         D, std = config.hidden_size, config.initializer_range
         self.embed = Embedding(config.vocab_size, D, draws, std=std)
         self.positions = Embedding(config.max_position_embeddings, D, draws, std=std)
@@ -53,11 +56,11 @@ class Top(nnx.Module):
                 self.head = Linear(D, config.vocab_size, draws, std=std, bias=True)
         self.config = config
 
-    def number(self, tokens_BT, place: Place):
+    def number(self, tokens_BT: jax.Array, place: Place) -> jax.Array:
         """Return the row of the position table for every token."""
         return place.positions_BT
 
-    def start(self, tokens_BT, place: Place, length, dtype):
+    def start(self, tokens_BT: jax.Array, place: Place, length: Any, dtype: Any) -> tuple[jax.Array, None]:
         """Return x_BTD and what all blocks share: nothing."""
         types = self.config.type_vocab_size
         x_BTD = self.embed(tokens_BT, dtype) + self.positions(self.number(tokens_BT, place), dtype)
@@ -66,7 +69,7 @@ class Top(nnx.Module):
             x_BTD += self.segments(place.segments_BT if given else jnp.zeros((1, 1), jnp.int32), dtype)
         return self.embed_norm(x_BTD), None
 
-    def finish(self, x_BTD, place: Place):
+    def finish(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         c = self.config
         if c.head == "none":
             return x_BTD
@@ -91,7 +94,7 @@ class Tied(nnx.Module):
 class Block(nnx.Module):
     """Norms follow the sums."""
 
-    def __init__(self, config, draws: Draws):
+    def __init__(self, config: Any, draws: Draws):
         D, std, epsilon = config.hidden_size, config.initializer_range, config.layer_norm_eps
         self.attn = Attention(D, config.heads[0], draws, std=std, bias=True)
         self.attn_norm = LayerNorm(D, epsilon=epsilon)
@@ -119,7 +122,7 @@ def module_keys(names: dict[str, str]) -> dict[str, tuple[str, bool]]:
     return table
 
 
-def decoder_keys(config, dense: str, bias: str) -> dict[str, tuple[str, bool]]:
+def decoder_keys(config: Any, dense: str, bias: str) -> dict[str, tuple[str, bool]]:
     """Map the decoder of the masked head. Untied it has its own bias, and Hugging Face keeps `bias` without use."""
     table = {bias: ("head/bias", False)}
     return table if config.tie_word_embeddings else table | module_keys({dense: "head"})

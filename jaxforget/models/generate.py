@@ -7,26 +7,27 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxforget.errors import UserError
-from jaxforget.models.model import Model
+from jaxforget.models.model import Cache, Model, Params
 from jaxforget.models.sharding import place_rows
 
 
 def generate(
     model: Model,
-    params,
-    tokens_BT,
-    mask_BT,
+    params: Params,
+    tokens_BT: ArrayLike,
+    mask_BT: ArrayLike,
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    key=None,
+    key: jax.Array | None = None,
     eos_id: int | tuple[int, ...] | None = None,
     pad_id: int = 0,
-    row_ids=None,
-    wanted_B=None,
+    row_ids: ArrayLike | None = None,
+    wanted_B: ArrayLike | None = None,
 ) -> jax.Array:
     """Continue every prompt; return tokens_BN, `pad_id` after the first `eos_id`.
 
@@ -74,12 +75,26 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _prefill(model, params, tokens_BT, lengths_B, new: int):
+def _prefill(
+    model: Model, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, new: int
+) -> tuple[jax.Array, Cache, jax.Array]:
     return model.prefill(params, tokens_BT, lengths_B, new)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9, 10))
-def _decode(model, params, logits_BV, cache, next_B, ended_B, sampling, eos_ids, pad_id, new: int, greedy: bool):
+def _decode(
+    model: Model,
+    params: Params,
+    logits_BV: jax.Array,
+    cache: Cache,
+    next_B: jax.Array,
+    ended_B: jax.Array,
+    sampling: dict[str, jax.Array],
+    eos_ids: jax.Array,
+    pad_id: int,
+    new: int,
+    greedy: bool,
+) -> jax.Array:
     """Draw up to `new` tokens a row, stopping early when every row has ended."""
     B = next_B.shape[0]
 
@@ -109,7 +124,7 @@ def _decode(model, params, logits_BV, cache, next_B, ended_B, sampling, eos_ids,
     return jax.lax.while_loop(going, step, state)[-1]
 
 
-def nucleus(logits_BV, top_p):
+def nucleus(logits_BV: jax.Array, top_p: jax.Array) -> jax.Array:
     """Set to -inf all but the fewest likeliest tokens holding probability top_p. Source: arXiv 1904.09751."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     p_BV = jax.nn.softmax(sorted_BV, axis=-1)

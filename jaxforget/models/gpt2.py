@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -95,13 +96,13 @@ class Top(nnx.Module):
         add_head(self, config, config.n_embd, draws, std=std)
         self.config = config
 
-    def start(self, tokens_BT, place: Place, length, dtype):
+    def start(self, tokens_BT: jax.Array, place: Place, length: Any, dtype: Any) -> tuple[jax.Array, None]:
         """Return x_BTD and what all blocks share: nothing."""
         positions_BTD = self.positions(place.positions_BT, dtype)
         x_BTD = self.embed(tokens_BT, dtype)
         return x_BTD + jnp.broadcast_to(positions_BTD, x_BTD.shape), None
 
-    def finish(self, x_BTD, place: Place):
+    def finish(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         return apply_head(self, self.config, self.final_norm(x_BTD), place)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jaxforget.errors import UserError
@@ -103,11 +104,13 @@ class Top(nnx.Module):
         add_head(self, config, D, draws, std=std)
         self.config = config
 
-    def start(self, tokens_BT, place: Place, length, dtype):
+    def start(
+        self, tokens_BT: jax.Array, place: Place, length: Any, dtype: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return x_BTD and what all blocks share: the rotary tables."""
         return self.embed(tokens_BT, dtype), rotary.tables(self.config, place.positions_BT, length)
 
-    def finish(self, x_BTD, place: Place):
+    def finish(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         return apply_head(self, self.config, self.final_norm(x_BTD), place)
 
 

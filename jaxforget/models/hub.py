@@ -44,7 +44,7 @@ _OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "Layer
 def load(
     name_or_dir: str | Path,
     *,
-    dtype="float32",
+    dtype: str = "float32",
     head: str | None = None,
     labels: tuple[str, ...] = (),
     seed: int = 0,
@@ -183,7 +183,8 @@ class _Tensors(Mapping):
     def __init__(self, files: list[Path]):
         from safetensors import SafetensorError, safe_open
 
-        self._handles, self._where = [], {}
+        self._handles: list[Any] = []
+        self._where: dict[str, tuple[Any, Path, str]] = {}
         for file in files:
             try:
                 handle = safe_open(file, framework="np").__enter__()
@@ -206,7 +207,7 @@ class _Tensors(Mapping):
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
-    def __getitem__(self, name) -> _Stored:
+    def __getitem__(self, name: str) -> _Stored:
         handle, file, name = self._where[name]
         stored = handle.get_slice(name)
         if stored.get_dtype() not in _STORED:
@@ -286,9 +287,9 @@ def save(
     try:
         with new_directory(directory) as temporary:
             _write_files(temporary, model, params, dtype, max_shard_bytes)
-            for name in TOKENIZER_FILES if tokenizer_dir is not None else ():
-                if (Path(tokenizer_dir) / name).is_file():
-                    shutil.copyfile(Path(tokenizer_dir) / name, temporary / name)
+            for file in () if tokenizer_dir is None else (Path(tokenizer_dir) / name for name in TOKENIZER_FILES):
+                if file.is_file():
+                    shutil.copyfile(file, temporary / file.name)
             for name, content in (extra_files or {}).items():
                 (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
@@ -311,7 +312,7 @@ def to_tensors(model: Model, params: Params) -> dict[str, tuple[tuple[int, ...],
     return found
 
 
-def _reader(leaf, i: int | None, transposed: bool) -> Callable[[], np.ndarray]:
+def _reader(leaf: Any, i: int | None, transposed: bool) -> Callable[[], np.ndarray]:
     def read():
         array = np.asarray(host(leaf if i is None else leaf[i]), np.float32)
         return array.T if transposed else array
@@ -337,7 +338,7 @@ def _write_files(directory: Path, model: Model, params: Params, dtype: str, max_
             size = 0
         shards[-1].append(name)
         size, total = size + n, total + n
-    index = {}
+    index: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         # safetensors writes an array's memory as it lies: a transposed view has to be copied.
@@ -361,13 +362,13 @@ def _today(name: str) -> str:
     return name
 
 
-def get_leaf(tree, path: str):
+def get_leaf(tree: Any, path: str) -> Any:
     for part in path.split("/"):
         tree = tree[part]
     return tree
 
 
-def set_leaf(tree, path: str, leaf) -> None:
+def set_leaf(tree: Any, path: str, leaf: Any) -> None:
     *parts, last = path.split("/")
     for part in parts:
         tree = tree.setdefault(part, {})

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ def _value(parameter):
     return jax.lax.stop_gradient(parameter.value) if isinstance(parameter, Tapped) else parameter
 
 
-def _tell(parameter, use: str, a, y, lead):
+def _tell(parameter: Any, use: str, a: jax.Array | None, y: jax.Array, lead: tuple[int, ...]) -> jax.Array:
     """Return y, the result of a use; a Tapped parameter learns of it. lead: the axes that M was flattened from."""
     if not isinstance(parameter, Tapped):
         return y
@@ -88,7 +89,7 @@ def _tapped_bwd(how, a, dy):
 _tapped.defvjp(lambda how, y, a, tap: (y, a), _tapped_bwd)
 
 
-def merge(params):
+def merge(params: Any) -> Any:
     """Replace every LowRank leaf of a pytree by the kernel that it acts as, a float32 array."""
 
     def dense(leaf):
@@ -99,7 +100,7 @@ def merge(params):
     return jax.tree.map(dense, params, is_leaf=lambda x: isinstance(x, LowRank))
 
 
-def linear(x, kernel, bias=None, *, out_dtype=None):
+def linear(x: jax.Array, kernel: Any, bias: Any = None, *, out_dtype: Any = None) -> jax.Array:
     """Return x @ kernel + bias. x: (..., D), kernel: (D, F), result: (..., F) in out_dtype or that of x."""
     # XLA on CPU runs the backward pass of a 3-D product slowly: flatten first.
     x_MD, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
@@ -123,7 +124,7 @@ def _shift(y_MF, bias_F, lead):
     return _tell(bias_F, "shift", None, y_MF + _value(bias_F).astype(y_MF.dtype)[None, :], lead)
 
 
-def embed(table_VD, tokens_BT, *, dtype):
+def embed(table_VD: Any, tokens_BT: jax.Array, *, dtype: Any) -> jax.Array:
     """Look up rows. An id outside the table gives NaN, never another row."""
     if isinstance(table_VD, Tapped):  # ids that all examples share are still looked up by each
         tokens_BT = jnp.broadcast_to(tokens_BT, (table_VD.spec.rows, *tokens_BT.shape[1:]))
@@ -131,7 +132,7 @@ def embed(table_VD, tokens_BT, *, dtype):
     return _tell(table_VD, "gather", tokens_BT.reshape(-1), y, tokens_BT.shape)
 
 
-def attend(x_BTD, table_VD, bias_V=None):
+def attend(x_BTD: jax.Array, table_VD: Any, bias_V: Any = None) -> jax.Array:
     """Score x against every row of the table: the tied output head. Returns float32 (B, T, V)."""
     x_MD, lead = x_BTD.reshape(-1, x_BTD.shape[-1]), x_BTD.shape[:-1]
     y_MV = jax.lax.dot_general(
@@ -143,7 +144,7 @@ def attend(x_BTD, table_VD, bias_V=None):
     return y_MV.reshape(*lead, table_VD.shape[0])
 
 
-def layer_norm(x, scale_D, bias_D, *, epsilon):
+def layer_norm(x: jax.Array, scale_D: Any, bias_D: Any, *, epsilon: float) -> jax.Array:
     """Normalise the last axis to mean 0 and variance 1, then scale and shift. Computed in float32."""
     x_MD, lead = x.astype(jnp.float32).reshape(-1, x.shape[-1]), x.shape[:-1]
     x_MD = x_MD - jnp.mean(x_MD, axis=-1, keepdims=True)
@@ -151,7 +152,7 @@ def layer_norm(x, scale_D, bias_D, *, epsilon):
     return _shift(_scale(x_MD, scale_D, lead), bias_D, lead).astype(x.dtype).reshape(x.shape)
 
 
-def rms_norm(x, scale_D, *, epsilon):
+def rms_norm(x: jax.Array, scale_D: Any, *, epsilon: float) -> jax.Array:
     """Divide by the root mean square of the last axis, then scale, in float32. Source: arXiv 1910.07467."""
     x_MD, lead = x.astype(jnp.float32).reshape(-1, x.shape[-1]), x.shape[:-1]
     x_MD = x_MD * jax.lax.rsqrt(jnp.mean(jnp.square(x_MD), axis=-1, keepdims=True) + epsilon)
@@ -200,7 +201,7 @@ class Place(NamedTuple):
     slots_BT: jax.Array | None = None
 
 
-def visible(positions_BT, slots: int, window=None):
+def visible(positions_BT: jax.Array, slots: int, window: jax.Array | None = None) -> jax.Array:
     """Return mask_BTU: the query at position p sees key slots u with p - window < u <= p."""
     u = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
     p = positions_BT[:, :, None]
@@ -208,12 +209,22 @@ def visible(positions_BT, slots: int, window=None):
     return mask_BTU if window is None else mask_BTU & (u > p - window)
 
 
-def key_mask(lengths_B, slots: int):
+def key_mask(lengths_B: jax.Array, slots: int) -> jax.Array:
     """Return mask_B1U: every query sees the real tokens of its row."""
     return jnp.arange(slots, dtype=jnp.int32)[None, None, :] < lengths_B[:, None, None]
 
 
-def attention(q_BTNH, k_BUNH, v_BUNH, *, causal, mask_BTU=None, bias_BNTU=None, window=None, scale=None):
+def attention(
+    q_BTNH: jax.Array,
+    k_BUNH: jax.Array,
+    v_BUNH: jax.Array,
+    *,
+    causal: bool,
+    mask_BTU: jax.Array | None = None,
+    bias_BNTU: jax.Array | None = None,
+    window: jax.Array | None = None,
+    scale: float | jax.Array | None = None,
+) -> jax.Array:
     """Softmax attention; the one place that decides how it is computed. It takes fewer key/value heads too.
 
     causal: query t sees keys up to t, and nothing else is needed for right padding, since no real token looks right.
@@ -232,7 +243,7 @@ def attention(q_BTNH, k_BUNH, v_BUNH, *, causal, mask_BTU=None, bias_BNTU=None, 
     return _matmul_attention(q_BTNH, k_BUNH, v_BUNH, mask_BTU, bias_BNTU, scale)
 
 
-def _fused(q_BTNH, k_BUNH, scale) -> bool:
+def _fused(q_BTNH: jax.Array, k_BUNH: jax.Array, scale: float | jax.Array | None) -> bool:
     """Say whether cuDNN's flash attention computes this call: on GPUs, in half precision, without any mask.
 
     Masks are left to XLA: under vmap cuDNN refuses some of them, others in each version of jax, and a materialised
@@ -276,7 +287,16 @@ def _matmul_attention(q_BTNH, k_BUKH, v_BUKH, mask_BTU, bias_BNTU, scale):
     return y_BTKGH.reshape(B, T, N, H)
 
 
-def self_attention(q_BTNH, k_BTNH, v_BTNH, place: Place, layer: dict[str, Any], *, scale=None, bias_BNTU=None):
+def self_attention(
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    place: Place,
+    layer: dict[str, Any],
+    *,
+    scale: float | jax.Array | None = None,
+    bias_BNTU: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array] | None]:
     """Attend over the tokens of this call or over a cache. Returns (y_BTNH, new cache or None).
 
     layer: `window` and `scale` as in `attention`; `cache`: None or {"k", "v"}, each (B, U, N, H), where slot
@@ -300,7 +320,7 @@ def self_attention(q_BTNH, k_BTNH, v_BTNH, place: Place, layer: dict[str, Any], 
     return y_BTNH, cache
 
 
-def last_token(x_BTD, lengths_B):
+def last_token(x_BTD: jax.Array, lengths_B: jax.Array | None) -> jax.Array:
     """Pick the last real token of every row: (B, D). lengths_B None: the last column."""
     if lengths_B is None:
         return x_BTD[:, -1]
@@ -316,7 +336,9 @@ REMAT = {
 }
 
 
-def run_blocks(body, x, params_L, extras_L, *, scan: bool, remat: str):
+def run_blocks(
+    body: Callable[..., tuple[jax.Array, Any]], x: jax.Array, params_L: Any, extras_L: Any, *, scan: bool, remat: str
+) -> tuple[jax.Array, Any]:
     """Apply `body(x, params, extras) -> (x, out)` once per layer. Returns (x, outs_L).
 
     params_L, extras_L: pytrees of arrays with a leading layer axis. scan: one compiled body for all layers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jaxforget.errors import UserError
@@ -139,7 +140,7 @@ class Config:
     def heads(self) -> tuple[int, int, int]:
         """Query heads, key/value heads, head width."""
         width = self.head_dim or self.hidden_size // self.num_attention_heads
-        return self.num_attention_heads, self.num_key_value_heads, width
+        return self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads, width
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -149,10 +150,10 @@ class Config:
         if self.model_type == "mistral":
             return (self.sliding_window,) * self.num_hidden_layers
         window = self.sliding_window if self.use_sliding_window else None
+        first = self.num_hidden_layers if window is None else self.max_window_layers
         types = self.layer_types
         if types is None:
-            first = self.num_hidden_layers if window is None else self.max_window_layers
-            types = [LAYER_TYPES[layer >= first] for layer in range(self.num_hidden_layers)]
+            types = tuple(LAYER_TYPES[layer >= first] for layer in range(self.num_hidden_layers))
         if window is None and LAYER_TYPES[1] in types:
             raise UserError("config field layer_types has sliding_attention; set sliding_window and use_sliding_window")
         return tuple(window if kind == LAYER_TYPES[1] else None for kind in types)
@@ -175,11 +176,13 @@ class Top(nnx.Module):
         add_head(self, config, D, draws, std=std)
         self.config = config
 
-    def start(self, tokens_BT, place: Place, length, dtype):
+    def start(
+        self, tokens_BT: jax.Array, place: Place, length: Any, dtype: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Return x_BTD and what all blocks share: the rotary tables."""
         return self.embed(tokens_BT, dtype), rotary.tables(self.config, place.positions_BT, length)
 
-    def finish(self, x_BTD, place: Place):
+    def finish(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         return apply_head(self, self.config, self.final_norm(x_BTD), place)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16")
 _NO_WINDOW = 1 << 30
 
 
-def family_of(model_type):
+def family_of(model_type: str | None) -> Any:
     """Return the module that implements a model_type. Raises UserError listing the valid ones."""
     from jaxforget.models import FAMILIES  # here, because the module of the table imports this one
 
@@ -34,13 +34,13 @@ def family_of(model_type):
     return importlib.import_module(f"jaxforget.models.{FAMILIES[model_type]}")
 
 
-def build(config, **options) -> Model:
+def build(config: Any, **options: Any) -> Model:
     """Make the model of a family's config. options: dtype, scan_layers, remat."""
     return getattr(family_of(config.model_type), "MODEL", Model)(config, **options)
 
 
 @functools.lru_cache(maxsize=256)
-def functional(module, config):
+def functional(module: Any, config: Any) -> tuple[Callable[[jax.Array], Params], Callable[[Params, Any], Any]]:
     """Split a module class into `init(key) -> params` and `bind(params, dtype of activations) -> module`, both pure."""
     from flax import nnx  # here, because Flax takes half a second to import, which --help need not
 
@@ -101,7 +101,7 @@ class Model:
         """Longest sequence the model was made for. Learned positions end there, rotary ones go on."""
         return self.config.max_length
 
-    def init(self, key) -> Params:
+    def init(self, key: jax.Array) -> Params:
         """Draw float32 parameters with Hugging Face's standard deviations. Blocks have a leading L axis."""
         return _init(self.config, key)
 
@@ -109,7 +109,13 @@ class Model:
         """Return the parameters' shapes and dtypes, computing nothing."""
         return jax.eval_shape(functools.partial(_init, self.config), jax.random.key(0))
 
-    def logits(self, params: Params, tokens_BT, lengths_B=None, segments_BT=None) -> jax.Array:
+    def logits(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        lengths_B: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+    ) -> jax.Array:
         """Return float32 logits: (B, T, V) of language-model heads, (B, C) of classification.
 
         A causal model with a language-model head ignores `lengths_B`: right padding cannot change the logits of real
@@ -151,7 +157,7 @@ class Model:
         x_BTD = bare.batch_logits({name: params[name] for name in bare.shapes()}, batch)
         return last_token(x_BTD, batch.get("length")) if self.config.causal else x_BTD[:, 0]
 
-    def classify(self, params: Params, pooled_BD) -> jax.Array:
+    def classify(self, params: Params, pooled_BD: jax.Array) -> jax.Array:
         """Return float32 class logits (B, C) of what `pooled` gives; together they are `batch_logits`."""
         if self.config.causal:
             return linear(pooled_BD, params["score"]["kernel"], out_dtype=jnp.float32)
@@ -166,7 +172,9 @@ class Model:
         shape = (self.config.stacks["blocks"], batch, length, heads, width)
         return {name: jnp.zeros(shape, self.dtype) for name in ("k", "v")}
 
-    def prefill(self, params: Params, tokens_BT, lengths_B, new: int) -> tuple[jax.Array, Cache, jax.Array]:
+    def prefill(
+        self, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, new: int
+    ) -> tuple[jax.Array, Cache, jax.Array]:
         """Read prompts, padded on the right, before `new` tokens are generated.
 
         Returns the logits after each prompt (B, V), the cache, and the position of the next token (B,).
@@ -179,7 +187,13 @@ class Model:
         return logits_B1V[:, 0], cache, lengths_B
 
     def cached(
-        self, params: Params, tokens_BT, cache: Cache, positions_BT, valid_BT, read_B=None
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        cache: Cache,
+        positions_BT: jax.Array,
+        valid_BT: jax.Array,
+        read_B: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Return float32 logits of new tokens that follow those in the cache, and the extended cache.
 
@@ -212,7 +226,18 @@ class Model:
         seen = [np.minimum(t, window or length).mean() for window in self.config.windows]
         return float(2 * weights + 4 * N * H * sum(seen))
 
-    def _run(self, params, tokens_BT, place: Place, *, length, reach: int, cache=None, read_B=None, blocks=None):
+    def _run(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        place: Place,
+        *,
+        length: Any,
+        reach: int,
+        cache: Cache | None = None,
+        read_B: jax.Array | None = None,
+        blocks: int | None = None,
+    ) -> tuple[jax.Array, Any]:
         family = family_of(self.config.model_type)
         top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k != "blocks"}, self.dtype)
         bind = functional(family.BLOCKS["blocks"], self.config)[1]
@@ -234,7 +259,7 @@ class Model:
             x_BTD = jnp.take_along_axis(x_BTD, read_B[:, None, None], axis=1)
         return top.finish(x_BTD, place), cache
 
-    def _windows(self, reach: int):
+    def _windows(self, reach: int) -> np.ndarray | None:
         """Return the window of each layer, or None where none is shorter than the `reach` keys there are."""
         windows = [_NO_WINDOW if window is None else window for window in self.config.windows]
         return None if min(windows) >= reach else np.asarray(windows, np.int32)

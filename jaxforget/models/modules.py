@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -34,7 +35,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT, dtype):
         return embed(self.table.get_value(), tokens_BT, dtype=dtype)
 
-    def attend(self, x_BTD):
+    def attend(self, x_BTD: jax.Array) -> jax.Array:
         return attend(x_BTD, self.table.get_value())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -80,7 +81,11 @@ class Config:
         return self.num_attention_heads, self.num_attention_heads, self.hidden_size // self.num_attention_heads
 
     # What the modules and `keys` ask besides.
-    projects = property(lambda self: self.word_embed_proj_dim != self.hidden_size)
+    @property
+    def embed_width(self) -> int:
+        return self.word_embed_proj_dim or self.hidden_size
+
+    projects = property(lambda self: self.embed_width != self.hidden_size)
     final_norm = property(lambda self: self.do_layer_norm_before and not self._remove_final_layer_norm)
 
 
@@ -92,7 +97,7 @@ class PlainNorm(nnx.Module):
         return layer_norm(x, jnp.ones((D,), jnp.float32), jnp.zeros((D,), jnp.float32), epsilon=EPSILON)
 
 
-def _norm(config: Config):
+def _norm(config: Config) -> nnx.Module:
     return LayerNorm(config.hidden_size, epsilon=EPSILON) if config.layer_norm_elementwise_affine else PlainNorm()
 
 
@@ -100,7 +105,7 @@ class Top(nnx.Module):
     """What surrounds the blocks."""
 
     def __init__(self, config: Config, draws: Draws):
-        D, E, std = config.hidden_size, config.word_embed_proj_dim, config.init_std
+        D, E, std = config.hidden_size, config.embed_width, config.init_std
         self.embed = Embedding(config.vocab_size, E, draws, std=std)
         self.positions = Embedding(config.max_position_embeddings + OFFSET, D, draws, std=std)
         if config.projects:
@@ -111,14 +116,14 @@ class Top(nnx.Module):
         add_head(self, config, E, draws, std=std)
         self.config = config
 
-    def start(self, tokens_BT, place: Place, length, dtype):
+    def start(self, tokens_BT: jax.Array, place: Place, length: Any, dtype: Any) -> tuple[jax.Array, None]:
         """Return x_BTD and what all blocks share: nothing."""
         x_BTD = self.embed(tokens_BT, dtype)
         x_BTD = self.project_in(x_BTD) if self.config.projects else x_BTD
         positions_BTD = self.positions(place.positions_BT + OFFSET, dtype)
         return x_BTD + jnp.broadcast_to(positions_BTD, x_BTD.shape), None
 
-    def finish(self, x_BTD, place: Place):
+    def finish(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         x_BTD = self.final_norm(x_BTD) if self.config.final_norm else x_BTD
         x_BTD = self.project_out(x_BTD) if self.config.projects else x_BTD
         return apply_head(self, self.config, x_BTD, place)
@@ -126,11 +131,11 @@ class Top(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config: Config, draws: Draws):
-        D, shared = config.hidden_size, {"std": config.init_std, "bias": config.enable_bias}
+        D, std, bias = config.hidden_size, config.init_std, config.enable_bias
         self.attn_norm = _norm(config)
-        self.attn = Attention(D, config.num_attention_heads, draws, **shared)
+        self.attn = Attention(D, config.num_attention_heads, draws, std=std, bias=bias)
         self.mlp_norm = _norm(config)
-        self.mlp = MLP(D, config.ffn_dim, draws, activation=config.activation_function, **shared)
+        self.mlp = MLP(D, config.ffn_dim, draws, activation=config.activation_function, std=std, bias=bias)
         self.before = config.do_layer_norm_before
 
     def __call__(self, x_BTD, shared, place, layer):

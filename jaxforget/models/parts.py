@@ -5,6 +5,9 @@ Shapes: B batch, T tokens, D width, F MLP width, N heads, H head width, V vocabu
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -30,7 +33,15 @@ class MLP(nnx.Module):
     """Two dense layers around an activation. down_std: of the second, where it differs."""
 
     def __init__(
-        self, D: int, F: int, draws: Draws, *, std: float, activation: str, bias=True, down_std: float | None = None
+        self,
+        D: int,
+        F: int,
+        draws: Draws,
+        *,
+        std: float,
+        activation: str,
+        bias: bool = True,
+        down_std: float | None = None,
     ):
         self.up = Linear(D, F, draws, std=std, bias=bias)
         self.down = Linear(F, D, draws, std=down_std or std, bias=bias)
@@ -40,7 +51,7 @@ class MLP(nnx.Module):
         return self.down(ACTIVATIONS[self.activation](self.up(x_BTD)))
 
 
-def add_head(top: nnx.Module, config, width: int, draws: Draws, *, std: float) -> None:
+def add_head(top: nnx.Module, config: Any, width: int, draws: Draws, *, std: float) -> None:
     """Give the Top of a causal model what its head needs: `score` for classes, `head` for an untied vocabulary."""
     if config.head == "classification":
         top.score = Linear(width, len(config.labels), draws, std=std, bias=False)
@@ -48,7 +59,7 @@ def add_head(top: nnx.Module, config, width: int, draws: Draws, *, std: float) -
         top.head = Linear(width, config.vocab_size, draws, std=std, bias=False)
 
 
-def apply_head(top: nnx.Module, config, x_BTD, place: Place):
+def apply_head(top: nnx.Module, config: Any, x_BTD: jax.Array, place: Place) -> jax.Array:
     """Score the next token (B, T, V), or the class from the last real token (B, C); without a head return x_BTD."""
     if config.head == "none":
         return x_BTD
@@ -57,7 +68,7 @@ def apply_head(top: nnx.Module, config, x_BTD, place: Place):
     return top.embed.attend(x_BTD) if config.tie_word_embeddings else top.head(x_BTD, jnp.float32)
 
 
-def head_keys(config, vocabulary: str = "lm_head.weight") -> dict[str, tuple[str, bool]]:
+def head_keys(config: Any, vocabulary: str = "lm_head.weight") -> dict[str, tuple[str, bool]]:
     """Map the Hugging Face names of what `add_head` adds. vocabulary: the name of an untied output head."""
     if config.head == "classification":
         return {"score.weight": ("score/kernel", True)}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.errors import UserError
+from jaxforget.models.model import Model, Params
 
 # NormalFloat-4: arXiv 2305.14314, appendix E.
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -22,7 +23,7 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
 BLOCK = 64
 
 
-def quantized(model, params, bits: int) -> Any:
+def quantized(model: Model, params: Params, bits: int) -> Any:
     """Return float32 parameters whose block kernels went through `bits` bits: 8 or 4. Others are as they were."""
     if bits not in QUANTIZE:
         raise UserError(f"quantisation to {bits} bits is unknown; use one of {', '.join(map(str, QUANTIZE))}")
@@ -37,7 +38,7 @@ def quantized(model, params, bits: int) -> Any:
 
 
 @jax.jit
-def absmax_int8(kernel_LDF):
+def absmax_int8(kernel_LDF: jax.Array) -> jax.Array:
     """Round every row to 255 steps of its largest magnitude: q = round(127 w / max|w|), w' = q max|w| / 127.
 
     A row is what makes one output (arXiv 2208.07339, vector-wise). Any leading axes.
@@ -48,7 +49,7 @@ def absmax_int8(kernel_LDF):
 
 
 @functools.partial(jax.jit, static_argnames="block")
-def nf4(kernel_LDF, block: int = BLOCK):
+def nf4(kernel_LDF: jax.Array, block: int = BLOCK) -> jax.Array:
     """Round to the nearest NF4 level times the largest magnitude of a block: `block` values in the order of the file.
 
     The last block of a layer may be short. Scales stay float32: no double quantisation. Any leading axes.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from jaxforget.errors import UserError
@@ -43,7 +44,7 @@ class Config(bert.Config):
 class Top(encoder.Top):
     """What surrounds the blocks."""
 
-    def number(self, tokens_BT, place: Place):
+    def number(self, tokens_BT: jax.Array, place: Place) -> jax.Array:
         """Count the tokens that are not padding, from the row of the position table after that of padding."""
         real_BT = tokens_BT != self.config.pad_token_id
         return self.config.pad_token_id + real_BT * jnp.cumsum(real_BT, axis=1)

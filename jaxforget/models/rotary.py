@@ -11,6 +11,7 @@ import math
 import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -63,8 +64,14 @@ class Rope:
                 f"config field partial_rotary_factor is {self.partial_rotary_factor}; it must be above 0 and at most 1"
             )
         for name in _USED[self.rope_type]:
-            if name in _REQUIRED and getattr(self, name) is None:
-                raise UserError(f"config field {name} is missing; rope type {self.rope_type} needs it")
+            if name in _REQUIRED:
+                self.needed(name)
+
+    def needed(self, name: str) -> float:
+        """Return a field that the type needs. Raises UserError where it is missing."""
+        if (value := getattr(self, name)) is None:
+            raise UserError(f"config field {name} is missing; rope type {self.rope_type} needs it")
+        return value
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any], *, partial: bool = False) -> Rope:
@@ -111,7 +118,7 @@ class Rope:
         return int(width * self.partial_rotary_factor)
 
 
-def tables(config, positions_BT, length):
+def tables(config: Any, positions_BT: jax.Array, length: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin, each (B, T, 1, R), for the heads of a config with `rope` and `max_position_embeddings`.
 
     length: tokens in the sequence, an int or (B, 1, 1); only the dynamic type looks at it, so with that type a logit
@@ -126,7 +133,7 @@ def tables(config, positions_BT, length):
     return (jnp.cos(angles_BTR) * gain)[:, :, None], (jnp.sin(angles_BTR) * gain)[:, :, None]
 
 
-def rotate(x_BTNH, cos, sin):
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x_i, x_{i + R}), the pairing of Hugging Face checkpoints. Computed in float32."""
     R = cos.shape[-1]
     first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (R, 2 * R), axis=-1)
@@ -134,17 +141,22 @@ def rotate(x_BTNH, cos, sin):
     return turned_BTNH.astype(x_BTNH.dtype)
 
 
-def _frequencies(rope: Rope, width: int, max_positions: int, length):
+def _frequencies(
+    rope: Rope, width: int, max_positions: int, length: int | jax.Array
+) -> tuple[np.ndarray | jax.Array, float]:
     """Return the inverse frequencies, (R,) or (B, 1, R), and the factor on cos and sin."""
     exponents_R = np.arange(0, width, 2) / width
     inverse_R = rope.rope_theta**-exponents_R
     original = rope.original_max_position_embeddings or max_positions
+    if rope.rope_type == "default":
+        return inverse_R, 1.0
+    factor = rope.needed("factor")
     if rope.rope_type == "linear":
-        return inverse_R / rope.factor, 1.0
+        return inverse_R / factor, 1.0
     if rope.rope_type == "dynamic":
         # Beyond the trained length the base grows with the sequence (NTK-aware scaling).
         length = jnp.maximum(jnp.asarray(length, jnp.float32), max_positions)
-        growth = rope.factor * length / max_positions - (rope.factor - 1)
+        growth = factor * length / max_positions - (factor - 1)
         base = rope.rope_theta * growth ** (width / (width - 2))
         if base.ndim == 0:
             return base**-exponents_R, 1.0
@@ -152,15 +164,15 @@ def _frequencies(rope: Rope, width: int, max_positions: int, length):
     if rope.rope_type == "llama3":
         # Long waves are slowed by the factor, short ones kept, those between interpolated.
         turns_R = original * inverse_R / (2 * math.pi)
-        smooth_R = (turns_R - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth_R = np.clip(smooth_R, 0.0, 1.0)
-        return inverse_R * ((1 - smooth_R) / rope.factor + smooth_R), 1.0
-    if rope.rope_type == "yarn":
-        return _yarn(rope, width, original, inverse_R)
-    return inverse_R, 1.0
+        low, high = rope.needed("low_freq_factor"), rope.needed("high_freq_factor")
+        smooth_R = np.clip((turns_R - low) / (high - low), 0.0, 1.0)
+        return inverse_R * ((1 - smooth_R) / factor + smooth_R), 1.0
+    return _yarn(rope, factor, width, original, inverse_R)
 
 
-def _yarn(rope: Rope, width: int, original: int, inverse_R):
+def _yarn(
+    rope: Rope, factor: float, width: int, original: int, inverse_R: np.ndarray
+) -> tuple[np.ndarray, float]:
     """Scale by parts, with a gain on cos and sin. Source: arXiv 2309.00071."""
 
     def pair_after(turns):
@@ -173,10 +185,10 @@ def _yarn(rope: Rope, width: int, original: int, inverse_R):
     low, high = max(low, 0), min(high, width - 1)
     ramp_R = (np.arange(width // 2) - low) / (high - low if high != low else 0.001)
     slowed_R = np.clip(ramp_R, 0.0, 1.0)
-    inverse_R = inverse_R * (slowed_R / rope.factor + 1 - slowed_R)
+    inverse_R = inverse_R * (slowed_R / factor + 1 - slowed_R)
 
-    def gain(weight):
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+    def gain(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if rope.attention_factor is not None:
         return inverse_R, rope.attention_factor

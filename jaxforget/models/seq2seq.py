@@ -11,7 +11,7 @@ which turns the encoded source into keys and values, and is called with these an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,14 @@ _PLAIN = {"window": None, "scale": None}  # what self_attention asks of a layer,
 class Seq2Seq(Model):
     """An encoder-decoder. The source is padded on the right, and so is the target."""
 
-    def logits(self, params: Params, tokens_BT, lengths_B=None, *, decoder_tokens_BT) -> jax.Array:
+    def logits(  # type: ignore[override]  # a target is needed; whoever has a Model calls `batch_logits`
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        lengths_B: jax.Array | None = None,
+        *,
+        decoder_tokens_BT: jax.Array,
+    ) -> jax.Array:
         """Return float32 logits (B, T, V) after each token of the target; T is that of `decoder_tokens_BT`.
 
         tokens_BT: the source; lengths_B counts its real tokens. decoder_tokens_BT: the start token and then the target
@@ -44,7 +51,7 @@ class Seq2Seq(Model):
         """Return `logits` of the columns tokens, length and decoder_tokens of a batch."""
         return self.logits(params, batch["tokens"], batch.get("length"), decoder_tokens_BT=batch["decoder_tokens"])
 
-    def encode(self, params: Params, tokens_BT, lengths_B=None) -> jax.Array:
+    def encode(self, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array | None = None) -> jax.Array:
         """Return what the decoder sees of a source: (B, T, D) in dtype."""
         T = tokens_BT.shape[1]
         place = Place(jnp.arange(T, dtype=jnp.int32)[None], causal=False, lengths_B=lengths_B)
@@ -63,7 +70,9 @@ class Seq2Seq(Model):
         shape = (self.config.stacks["decoder"], batch, length, heads, width)
         return {name: jnp.zeros(shape, self.dtype) for name in ("k", "v")}
 
-    def prefill(self, params: Params, tokens_BT, lengths_B, new: int) -> tuple[jax.Array, Cache, jax.Array]:
+    def prefill(
+        self, params: Params, tokens_BT: jax.Array, lengths_B: jax.Array, new: int
+    ) -> tuple[jax.Array, Cache, jax.Array]:
         """Encode sources, padded on the right, and feed the start token before `new` tokens are generated.
 
         Returns the logits of the first token (B, V), the cache, and the position that it will take (B,), which is 1.
@@ -101,12 +110,29 @@ class Seq2Seq(Model):
         seen = layers["encoder"] * length + layers["decoder"] * (length + (length + 1) / 2)
         return float(2 * weights + 4 * N * H * seen)
 
-    def _run(self, params, tokens_BT, place: Place, *, length, reach: int, cache=None, read_B=None, source=None):
+    def _run(  # type: ignore[override]  # of no use to `stream`, which asks for the first `blocks` of one stack
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        place: Place,
+        *,
+        length: Any,
+        reach: int,
+        cache: Cache | None = None,
+        read_B: jax.Array | None = None,
+        source: Any = None,
+    ) -> tuple[jax.Array, Any]:
         """Run the decoder. source: (encoded source, its lengths), where there is no cache that holds them."""
         top, bind = self._modules(params, "decoder")
         x_BTD, shared = top.start(tokens_BT, place, reach, self.dtype)
-        source_BUD, lengths_B = source or (None, cache["lengths"])
-        slots = (source_BUD if cache is None else cache["source"]["k"][0]).shape[1]
+        layers_L: dict[str, Any] = {"cache": None, "source": None, **_PLAIN}
+        if cache is None:
+            source_BUD, lengths_B = source
+            slots = source_BUD.shape[1]
+        else:
+            source_BUD, lengths_B = None, cache["lengths"]
+            slots = cache["source"]["k"][0].shape[1]
+            layers_L |= {"cache": {"k": cache["k"], "v": cache["v"]}, "source": cache["source"]}
         mask_B1U = None if lengths_B is None else key_mask(lengths_B, slots)
 
         def body(x_BTD, block_params, layer):
@@ -114,15 +140,12 @@ class Seq2Seq(Model):
             read = layer["source"] or block.read(source_BUD)
             return block(x_BTD, shared, place, layer, {**read, "mask": mask_B1U})
 
-        layers_L = {"cache": None, "source": None, **_PLAIN}
-        if cache is not None:
-            layers_L |= {"cache": {"k": cache["k"], "v": cache["v"]}, "source": cache["source"]}
         x_BTD, new = self._blocks(body, x_BTD, params["decoder"], layers_L)
         if read_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, read_B[:, None, None], axis=1)
         return top.finish(x_BTD, place), None if cache is None else cache | new
 
-    def _modules(self, params, stack: str):
+    def _modules(self, params: Params, stack: str) -> tuple[Any, Callable[[Params, Any], Any]]:
         """Return what surrounds the blocks, and the function that binds parameters to a block of this stack."""
         family, stacks = family_of(self.config.model_type), self.config.stacks
         top = functional(family.Top, self.config)[1]({k: v for k, v in params.items() if k not in stacks}, self.dtype)

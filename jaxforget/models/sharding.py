@@ -145,7 +145,7 @@ def place_rows(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, spec)), batch)
 
 
-def _put(leaf, sharding: NamedSharding):
+def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # device_put moves none between processes
             return jax.jit(lambda key: key, out_shardings=sharding)(leaf)
@@ -226,7 +226,7 @@ def gather(params: PyTree, dtype: str) -> PyTree:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _join(cut: PartitionSpec, whole: PartitionSpec, leaf):
+def _join(cut: PartitionSpec, whole: PartitionSpec, leaf: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(leaf, whole)
 
 
@@ -237,7 +237,7 @@ def _join_jvp(cut, whole, leaves, tangents):
     return jax.lax.with_sharding_constraint(*leaves, whole), jax.lax.with_sharding_constraint(*tangents, cut)
 
 
-def all_but_forms(primitive, *_, **__) -> bool:
+def all_but_forms(primitive: Any, *_: Any, **__: Any) -> bool:
     """Let the backward pass find all results in memory but those that are an array in another place, type or shape.
 
     A policy for jax.checkpoint. What is gathered, or cast after that, is made again: to keep it would be to keep all
@@ -291,5 +291,5 @@ def check_members(count: int) -> None:
                         f"{' or '.join(map(str, near))} together")  # fmt: skip
 
 
-def _name(path) -> str:
+def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -14,6 +14,7 @@ import math
 from collections.abc import Container
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -142,7 +143,7 @@ class Top(nnx.Module):
             self.head = Linear(D, config.vocab_size, draws, std=factor, bias=False)
         self.config = config
 
-    def start(self, tokens_BT, place: Place, length: int, dtype):
+    def start(self, tokens_BT: jax.Array, place: Place, length: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
         """Return x_BTD and what all blocks share: the bias of self-attention over `length` keys, (B, N, T, U)."""
         c = self.config
         bias = self.decoder_bias if place.causal else self.encoder_bias
@@ -152,7 +153,7 @@ class Top(nnx.Module):
         buckets_BTU = jnp.asarray(buckets)[jnp.clip(offsets_BTU, -reach, reach) + reach]
         return self.embed(tokens_BT, dtype), jnp.transpose(bias(buckets_BTU, jnp.float32), (0, 3, 1, 2))
 
-    def finish(self, x_BTD, place: Place):
+    def finish(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         c = self.config
         if not place.causal:
             return self.encoder_norm(x_BTD)
@@ -198,19 +199,19 @@ class Attention(nnx.Module):
         y_BTNH, cache = self_attention(q, k, v, place, layer, scale=1.0, bias_BNTU=bias_BNTU)
         return self.join(y_BTNH), cache
 
-    def across(self, x_BTD, source):
+    def across(self, x_BTD: jax.Array, source: dict[str, Any]) -> jax.Array:
         """Attend over the other stack's tokens, of which `source` holds k, v and mask."""
         q_BTNH = self.split(self.q(x_BTD))
         return self.join(attention(q_BTNH, source["k"], source["v"], causal=False, mask_BTU=source["mask"], scale=1.0))
 
-    def read(self, x_BUD):
+    def read(self, x_BUD: jax.Array) -> dict[str, jax.Array]:
         """Return the keys and values of another stack's tokens."""
         return {"k": self.split(self.k(x_BUD)), "v": self.split(self.v(x_BUD))}
 
-    def split(self, x):
+    def split(self, x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:2], -1, self.width)
 
-    def join(self, y_BTNH):
+    def join(self, y_BTNH: jax.Array) -> jax.Array:
         return self.o(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
 
 
@@ -246,7 +247,7 @@ class DecoderBlock(nnx.Module):
         self.attn, self.cross = (Attention(config, draws) for _ in range(2))
         self.mlp = MLP(config, draws)
 
-    def read(self, x_BUD):
+    def read(self, x_BUD: jax.Array) -> dict[str, jax.Array]:
         return self.cross.read(x_BUD)
 
     def __call__(self, x_BTD, shared, place, layer, source):

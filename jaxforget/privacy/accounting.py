@@ -41,7 +41,8 @@ from jaxforget.files import write_alone
 
 Sampler = Literal["poisson", "truncated", "cyclic", "shuffle", "fixed"]
 Accountant = Literal["pld", "rdp"]
-SAMPLERS = {  # the relation, and who can account for it: the first reports, the other checks
+# The relation, and who can account for it: the first reports, the other checks.
+SAMPLERS: dict[Sampler, tuple[str, tuple[Accountant, ...]]] = {
     "poisson": ("add/remove one", ("pld", "rdp")),
     "truncated": ("add/remove one", ("pld",)),
     "cyclic": ("add/remove one", ("pld", "rdp")),
@@ -174,8 +175,10 @@ class Mechanism:
         """Account for all steps, nats. None where this accountant does not know the sampler; inf without noise."""
         known = SAMPLERS[self.sampler][1]
         accountant = accountant or known[0]
-        if accountant not in known:
-            return None
+        return self.spent(accountant) if accountant in known else None
+
+    def spent(self, accountant: Accountant) -> float:
+        """Account for all steps with an accountant that knows the sampler, nats; inf without noise."""
         return _epsilon(dataclasses.replace(self, unit="", clip=1.0), accountant, GRID) if self.sigma else math.inf
 
     def row(self) -> dict[str, Any]:
@@ -215,14 +218,14 @@ def mechanism(config: PrivacyConfig, *, population: int, batch: int, steps: int,
     delta = float(population) ** -1.1 if config.delta is None else config.delta
     if delta >= 1 / population:
         raise UserError(f"delta is {delta:g}; with N = {population} {unit}s it must be below 1/N = {1 / population:g}")
-    known = {"sampler": config.sampler, "population": population, "batch": batch, "steps": steps, "delta": delta,
-             "cap": config.cap, "bands": config.bands}  # fmt: skip
+    known: dict[str, Any] = {"sampler": config.sampler, "population": population, "batch": batch, "steps": steps,
+                             "delta": delta, "cap": config.cap, "bands": config.bands}  # fmt: skip
     found = Mechanism(unit=unit, clip=config.clip, sigma=config.noise or 0.0, **known)
-    if config.epsilon is None:
+    if (epsilon := config.epsilon) is None:
         return found
-    inputs = {**known, "epsilon": config.epsilon, "grid": GRID, "dp": version("dp-accounting")}
+    inputs = {**known, "epsilon": epsilon, "grid": GRID, "dp": version("dp-accounting")}
     make = lambda sigma: dataclasses.replace(found, sigma=sigma)  # noqa: E731
-    return make(_cached(inputs, lambda: _calibrate(make, config.epsilon)))
+    return make(_cached(inputs, lambda: _calibrate(make, epsilon)))
 
 
 def _calibrate(make: Callable[[float], Mechanism], epsilon: float) -> float:
@@ -250,7 +253,7 @@ def _calibrate(make: Callable[[float], Mechanism], epsilon: float) -> float:
             _unreachable(make(LEAST_NOISE), epsilon)
     scale = 10**NOISE_DIGITS
     count = math.ceil(scale * 2.0 ** brentq(over, low, high, xtol=0.2 / scale))
-    while make(count / scale).epsilon() > epsilon:
+    while (run := make(count / scale)).spent(SAMPLERS[run.sampler][1][0]) > epsilon:
         count += 1
     return count / scale
 

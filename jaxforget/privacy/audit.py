@@ -13,7 +13,7 @@ import numpy as np
 
 
 def epsilon_bound(
-    scores_M: np.ndarray, included_M: np.ndarray, *, guesses: int, delta: float, confidence=0.95
+    scores_M: np.ndarray, included_M: np.ndarray, *, guesses: int, delta: float, confidence: float = 0.95
 ) -> float:
     """Bound epsilon from below after one run with M canaries, each included by its own fair coin.
 

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from jaxforget.errors import UserError
 from jaxforget.models.layers import Tapped
 from jaxforget.privacy import taps
-from jaxforget.training.step import Batch, PyTree
+from jaxforget.training.step import Batch, Losses, PyTree
 from jaxforget.training.trainable import path_str
 
 AUTO_S_GAMMA = 0.01
@@ -62,7 +63,9 @@ class Clipping:
         return jnp.ones_like(bound) if self.auto_s else bound
 
 
-def clipped_sum(losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: jax.Array, how: Clipping) -> Clipped:
+def clipped_sum(
+    losses: Losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: jax.Array, how: Clipping
+) -> Clipped:
     """Return the clipped sum of a batch of U * how.rows rows. losses(trainable, batch, key) -> losses_B.
 
     A unit whose gradient is not finite counts as 0, as does one whose rows all have weight 0. Raises UserError
@@ -71,7 +74,7 @@ def clipped_sum(losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: 
     return ESTIMATORS[how.estimator](losses, trainable, batch, key, bound, how)
 
 
-def check_units(losses, trainable: PyTree, batch: Batch, key: jax.Array, estimator: str = "auto") -> None:
+def check_units(losses: Losses, trainable: PyTree, batch: Batch, key: jax.Array, estimator: str = "auto") -> None:
     """Raise UserError for losses whose clipped gradients would not be those of single units.
 
     That is where the loss of a row depends on other rows, and, but for the estimator vmap, where something besides the
@@ -99,7 +102,9 @@ def check_units(losses, trainable: PyTree, batch: Batch, key: jax.Array, estimat
                             f"{path_str(path)}; use the estimator vmap")  # fmt: skip
 
 
-def _unit_losses(losses, batch: Batch, key, how: Clipping):
+def _unit_losses(
+    losses: Losses, batch: Batch, key: jax.Array, how: Clipping
+) -> tuple[Callable[[PyTree], jax.Array], jax.Array]:
     """Return f(trainable) -> l_U and which units are real."""
     weight_UK = batch["weight"].astype(jnp.float32).reshape(-1, how.rows)
     total_U = jnp.sum(weight_UK, axis=1)
@@ -123,7 +128,9 @@ def group_of(paths: list[str], groups: tuple[str, ...]) -> list[int]:
     return found
 
 
-def _coefficients(square_leaf: list[jax.Array], group_leaf: list[int], real_U, bound, how: Clipping):
+def _coefficients(
+    square_leaf: list[jax.Array], group_leaf: list[int], real_U: jax.Array, bound: jax.Array, how: Clipping
+) -> tuple[jax.Array, jax.Array]:
     """Return norms (G, U) and coefficients (G, U), 0 for units that are padding or not finite in any group."""
     count = max(group_leaf) + 1  # the last group may have no leaf, and then is none
     norm_GU = jnp.stack([
@@ -139,11 +146,11 @@ def _coefficients(square_leaf: list[jax.Array], group_leaf: list[int], real_U, b
     return norm_GU, jnp.where(real_U & finite_U, c_GU, 0.0)
 
 
-def _groups(trainable, how: Clipping) -> list[int]:
+def _groups(trainable: PyTree, how: Clipping) -> list[int]:
     return group_of([path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)], how.groups)
 
 
-def _vmap(losses, trainable, batch, key, bound, how: Clipping) -> Clipped:
+def _vmap(losses: Losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: jax.Array, how: Clipping) -> Clipped:
     batch_UK = jax.tree.map(lambda x: x.reshape(-1, how.rows, *x.shape[1:]), batch)
 
     def one(batch_K):
@@ -164,7 +171,16 @@ def _vmap(losses, trainable, batch, key, bound, how: Clipping) -> Clipped:
     return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
 
 
-def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass: bool) -> Clipped:
+def _tapped(
+    losses: Losses,
+    trainable: PyTree,
+    batch: Batch,
+    key: jax.Array,
+    bound: jax.Array,
+    how: Clipping,
+    *,
+    second_pass: bool,
+) -> Clipped:
     found = _tapped_once(losses, trainable, batch, key, bound, how, second_pass)
 
     # Of a unit that is not finite, 0 times its part is no 0: such a sum is made again, unit by unit. By the same taps:
@@ -180,7 +196,9 @@ def _tapped(losses, trainable, batch, key, bound, how: Clipping, *, second_pass:
     return found._replace(total=jax.lax.fori_loop(0, turns, add, found.total))
 
 
-def _tapped_once(losses, trainable, batch, key, bound, how: Clipping, second_pass: bool) -> Clipped:
+def _tapped_once(
+    losses: Losses, trainable: PyTree, batch: Batch, key: jax.Array, bound: jax.Array, how: Clipping, second_pass: bool
+) -> Clipped:
     """Return a sum that is worth nothing if a unit is not finite."""
     rows = batch["weight"].shape[0]
     units = rows // how.rows
@@ -206,7 +224,7 @@ def _tapped_once(losses, trainable, batch, key, bound, how: Clipping, second_pas
     return Clipped(treedef.unflatten(total), norm_GU, loss_U, real_U)
 
 
-ESTIMATORS = {
+ESTIMATORS: dict[str, Callable[..., Clipped]] = {
     "vmap": _vmap,
     "ghost": functools.partial(_tapped, second_pass=True),
     "bookkeep": functools.partial(_tapped, second_pass=False),

@@ -19,7 +19,7 @@ import optax
 
 from jaxforget.privacy.clipping import Clipping, clipped_sum
 from jaxforget.training.gradients import microbatches
-from jaxforget.training.step import Estimator, PyTree, State
+from jaxforget.training.step import Batch, Estimator, Losses, Metrics, PyTree, State
 
 COUNT = 0x434F554E  # what a key is for: the noise on the count. Splits of the same key have small numbers
 
@@ -60,7 +60,9 @@ def private_gradient(
     def init(trainable):
         return ClipState(jnp.float32(1.0))
 
-    def estimate(memory: ClipState, losses, trainable, batch, key):
+    def estimate(
+        memory: ClipState, losses: Losses, trainable: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[ClipState, Metrics, PyTree]:
         rows = batch["weight"].shape[0]
         size = min((microbatch or rows) * how.rows, rows)
         if rows % size:
@@ -144,7 +146,7 @@ def band_coefficients(bands: int, steps: int) -> tuple[float, ...]:
     left = np.arange(steps, 0, -1) / steps
     impulse = np.eye(1, steps)[0]
 
-    def error(tail) -> float:
+    def error(tail: np.ndarray) -> float:
         c = np.concatenate([[1.0], tail])
         return np.log(np.sum(c**2) * np.sum(left * np.cumsum(lfilter([1.0], c, impulse)) ** 2))
 

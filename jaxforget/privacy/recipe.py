@@ -112,11 +112,11 @@ def private_members(
     Returns the step of one, the K states, what is frozen and the batches of all. Raises UserError as `check` does.
     """
     most = max(run.batches.units for run in runs)
-    batches = MemberBatches(tuple(dataclasses.replace(run.batches, at_least=most) for run in runs))
+    batches = [dataclasses.replace(run.batches, at_least=most) for run in runs]
     step = make_step(objective, trainable, runs[0].gradient, runs[0].optimizer)
-    check(step, objective, trainable, parts, batches.members[0], estimator)
+    check(step, objective, trainable, parts, batches[0], estimator)
     states = []
     for run, rate in zip(runs, learning_rates, strict=True):
         state, frozen = step.init(jax.random.key(run.batches.seed), parts)
         states.append(run.prepare(set_schedule(state, learning_rate=rate, total=run.batches.steps)))
-    return step, stack(states), frozen, batches
+    return step, stack(states), frozen, MemberBatches(tuple(batches))

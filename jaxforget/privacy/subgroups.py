@@ -26,13 +26,15 @@ import optax
 from jaxforget.data.tokens import Examples
 from jaxforget.privacy.clipping import Clipping, clipped_sum
 from jaxforget.training.batches import Batches, Stream
-from jaxforget.training.step import PyTree
+from jaxforget.training.step import Batch, Losses, PyTree
 
 NO_BOUND = 1e9  # cuts nothing
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _sums(losses, trainable: PyTree, batches_S, bound, how: Clipping):
+def _sums(
+    losses: Losses, trainable: PyTree, batches_S: Batch, bound: jax.Array, how: Clipping
+) -> tuple[PyTree, tuple[jax.Array, ...]]:
     """Sum clipped gradients over all batches; also returns norms, losses and which units are real, (S, U)."""
 
     def add(total, batch):
@@ -45,9 +47,16 @@ def _sums(losses, trainable: PyTree, batches_S, bound, how: Clipping):
 
 
 def subgroups(
-    losses, trainable: PyTree, groups: dict[str, Examples], *, bound: float, noise_std: float, units: int,
-    how: Clipping, microbatch: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+    losses: Losses,
+    trainable: PyTree,
+    groups: dict[str, Examples],
+    *,
+    bound: float,
+    noise_std: float,
+    units: int,
+    how: Clipping,
+    microbatch: int,
+) -> list[dict[str, Any]]:
     """Measure every group at one point of training; see above. Each example is a unit of its own.
 
     losses(trainable, batch, key) -> losses_B. noise_std: of the noise on a sum of clipped gradients, sigma C. units: of

@@ -37,20 +37,20 @@ class Use(NamedTuple):
 
     kind: str  # product, gather, score, scale or shift: see layers.Tapped
     shape: tuple[int, ...]  # of the parameter where it is used, so without L
-    a: jax.ShapeDtypeStruct | None  # (U, N, D), or ids (U, N)
+    a: Any  # jax.ShapeDtypeStruct, (U, N, D), or of ids (U, N); None of a shift
     b: jax.ShapeDtypeStruct  # (U, N, F)
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How one parameter is tapped. form: explicit, factors, norm or, to see its uses, probe."""
+    """How one parameter is tapped. form: explicit, factors, norm or, to see its uses, probe; seen is told of them."""
 
     rows: int
     units: int
     form: str
-    seen: Callable[[Use], None] | None = None
+    seen: Callable[[Use], None] = lambda use: None
 
-    def rule(self, use: str, a, b, shape):
+    def rule(self, use: str, a: jax.Array | None, b: jax.Array, shape: tuple[int, ...]) -> PyTree:
         """Return the cotangent of the tap; see layers.Tapped."""
         b = b.reshape(self.units, -1, b.shape[-1])
         if a is not None:
@@ -65,7 +65,7 @@ class Spec:
         return tap | ({"a": a, "b": b} if self.form == "factors" else {"sum": _total(use, a, b, shape)})
 
 
-def _float32(formula: str, a, b):
+def _float32(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:
     # highest: an accelerator's default for float32 has 3 digits. Half precision is multiplied exactly anyway.
     return jnp.einsum(formula, a, b, preferred_element_type=jnp.float32, precision="highest")
 
@@ -81,7 +81,7 @@ def _outer(a_UND, b_UNF):
     return _float32("und,unf->udf", a_UND, b_UNF)
 
 
-def _total(use: str, a, b, shape):
+def _total(use: str, a: Any, b: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Return the sum of gradients over all units, float32."""
     if use == "gather":
         ids = a.reshape(-1).astype(jnp.int32)
@@ -103,7 +103,7 @@ def _gram(a_UND, b_UMD):
     return _float32("und,umd->unm", a_UND, b_UMD)
 
 
-def _square(use: str, a, b):
+def _square(use: str, a: Any, b: jax.Array) -> jax.Array:
     """Return the squared norms (U,) of the per-unit gradient of one use. a (U, N, D) or ids (U, N), b (U, N, F)."""
     if use == "gather":
         same_UNN = a[:, :, None] == a[:, None, :]
@@ -115,7 +115,7 @@ def _square(use: str, a, b):
     return jnp.sum(_gram(a, a) * _gram(b, b), axis=(1, 2))
 
 
-def _tied(tap) -> jax.Array:
+def _tied(tap: PyTree) -> jax.Array:
     """Return the squared norm (U,) for a table that is looked up and scored against.
 
     Row v of its gradient is sum over t with x_t = v of e_t, plus sum over s of g_sv h_s: e the cotangents of the looked
@@ -169,7 +169,7 @@ def plan(
     return [_plan(leaf, uses, units, second_pass) for leaf, uses in zip(leaves, seen, strict=True)]
 
 
-def _plan(leaf, uses: list[Use], units: int, second_pass: bool) -> Plan:
+def _plan(leaf: jax.Array, uses: list[Use], units: int, second_pass: bool) -> Plan:
     lead = leaf.shape[: leaf.ndim - len(uses[0].shape)]
     layers = math.prod(lead)
     if lead and len(uses) % layers == 0:  # unrolled: every layer was seen

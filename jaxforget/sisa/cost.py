@@ -26,7 +26,7 @@ def batched(records: int, shards: int, requests: int) -> float:
     return records * (1 - (1 - 1 / shards) ** requests) - requests
 
 
-def one_request(records_of_shard: int, slices: int, epochs: int) -> float:
+def one_request(records_of_shard: float, slices: int, epochs: int) -> float:
     """Return the visits of records to serve one request in one shard. Derived.
 
     Every stage is taken to last 2 epochs / (R + 1) epochs, whole or not, and the deleted record, about `epochs`

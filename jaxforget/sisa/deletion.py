@@ -117,12 +117,14 @@ def _erase(ensemble: Ensemble, requests: Sequence[dict], export: bool) -> None:
     ensemble.ledger.advance([request["request"] for request in requests], COMMITTED, receipts)
 
 
-def _plan(ensemble: Ensemble, waiting: Sequence[dict], without, before: Keys, after: Keys) -> list[Receipt]:
+def _plan(
+    ensemble: Ensemble, waiting: Sequence[dict], without: Sequence[str], before: Keys, after: Keys
+) -> list[Receipt]:
     """Write what each request is about to change. Stages are those of the whole batch of requests."""
     recipe = ensemble.recipe
     digests, gone = ensemble.store.digests(), set(without)
-    stages = [
-        {"shard": shard, "slice": stage, "before": digests.get(old), "after": None}
+    stages: list[dict[str, Any]] = [
+        {"shard": shard, "slice": stage, "before": None if old is None else digests.get(old), "after": None}
         for shard, (row, new_row) in enumerate(zip(before, after, strict=True))
         for stage, (old, new) in enumerate(zip(row, new_row, strict=True))
         if old != new
@@ -147,7 +149,7 @@ def _plan(ensemble: Ensemble, waiting: Sequence[dict], without, before: Keys, af
     ]
 
 
-def _summary(ensemble: Ensemble, without, before: Keys, after: Keys) -> str:
+def _summary(ensemble: Ensemble, without: Sequence[str], before: Keys, after: Keys) -> str:
     shards = [k for k, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
     stages = sum(a != b for old, new in zip(before, after, strict=True) for a, b in zip(old, new, strict=True))
     total = sum(key is not None for row in before for key in row)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +38,10 @@ from jaxforget.training.ensemble import MemberBatches, member, members, stack
 from jaxforget.training.loop import fit
 from jaxforget.training.optimizer import set_schedule
 from jaxforget.training.start import tokenizer_files
+from jaxforget.training.step import Parts, State
 
 Keys = list[list[str | None]]  # by shard and stage
+Encoded = dict[tuple[int, int], Examples | None]  # by shard and slice; None where it has no record
 
 
 class Trained(NamedTuple):
@@ -53,7 +55,7 @@ class Trained(NamedTuple):
 
 
 @contextmanager
-def locked(directory: Path, wait: bool, tell: Callable[[str], None]):
+def locked(directory: Path, wait: bool, tell: Callable[[str], None]) -> Iterator[None]:
     """Keep other runs from training in this directory. The lock goes with the (first) process, however that ends."""
     import filelock
 
@@ -97,13 +99,13 @@ class Ensemble:
         self.model = self.recipe.compute.apply(self.model)
         self.tokenizer = load_tokenizer(self.directory / "base")
         self.step = self.recipe.step(self.model, self.tokenizer.mask_token_id)
-        self._frozen = None
+        self._frozen: Parts = {}  # of the newest stage
         self.store = Store(self.directory / "stages", self.ledger)
 
     def __enter__(self) -> Ensemble:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.ledger.__exit__(*error)
 
     def _check(self) -> None:
@@ -156,16 +158,16 @@ class Ensemble:
         without = set(without)
         store, recipe = scratch or self.store, self.recipe
         keys = self.needed(without)
-        encoded: dict[tuple[int, int], Examples | None] = {}
+        encoded: Encoded = {}
         trained: list[Trained] = []
         for stage in range(recipe.slices):
             for group in range(0, recipe.shards, recipe.width):
                 have = store.have()
-                active = [
-                    shard
+                active = {
+                    shard: key
                     for shard in range(group, min(group + recipe.width, recipe.shards))
-                    if keys[shard][stage] is not None and keys[shard][stage] not in have
-                ]
+                    if (key := keys[shard][stage]) is not None and key not in have
+                }
                 if active:
                     trained += self._train_stage(
                         store, keys, stage, active, encoded, without, checkpoint_every, log, resumed, show
@@ -173,12 +175,22 @@ class Ensemble:
         return trained
 
     def _train_stage(
-        self, store, keys, stage, active, encoded, without, checkpoint_every, log, resumed, show
+        self,
+        store: Store | Scratch,
+        keys: Keys,
+        stage: int,
+        active: dict[int, str],  # shard -> key
+        encoded: Encoded,
+        without: set[str],
+        checkpoint_every: int,
+        log: Callable[[str, int, dict], None],
+        resumed: Callable[[str, int], None],
+        show: Callable[[Any], None],
     ) -> list[Trained]:
         recipe, width = self.recipe, self.recipe.width
         before = {shard: self._before(store, keys, shard, stage) for shard in active}
         batches = {shard: self._batches(shard, stage, encoded, without) for shard in active}
-        slots: list[Any] = [before[active[0]]] * width  # what idle slots hold does not matter
+        slots: list[Any] = [before[min(active)]] * width  # what idle slots hold does not matter
         rows: list[Batches | None] = [None] * width
         for shard in active:
             slots[shard % width], rows[shard % width] = before[shard], batches[shard]
@@ -186,8 +198,8 @@ class Ensemble:
             set_schedule(state, learning_rate=recipe.train.learning_rate, total=batch.steps if batch else 1)
             for state, batch in zip(slots, rows, strict=True)
         ]
-        tag = f"slice {stage}" if recipe.width >= recipe.shards else f"slice {stage} shards {active}"
-        working = self.directory / "working" / _digest_of(keys[shard][stage] for shard in active)
+        tag = f"slice {stage}" if recipe.width >= recipe.shards else f"slice {stage} shards {list(active)}"
+        working = self.directory / "working" / _digest_of(active.values())
         long = checkpoint_every and max(b.steps for b in rows if b) > checkpoint_every and store is self.store
         try:
             with Checkpoints(working) if long else _nothing() as checkpoints:
@@ -204,7 +216,7 @@ class Ensemble:
             for shard, batch in batches.items()
         ]
         store.put(
-            Finished(keys[one.shard][stage], one.shard, stage, member(outcome.state.trainable, one.shard % width),
+            Finished(active[one.shard], one.shard, stage, member(outcome.state.trainable, one.shard % width),
                      one.steps, one.visits)
             for one in done
         )  # fmt: skip
@@ -212,25 +224,28 @@ class Ensemble:
             files.remove(self.directory / "working")
         return done
 
-    def _before(self, store, keys: Keys, shard: int, stage: int):
+    def _before(self, store: Store | Scratch, keys: Keys, shard: int, stage: int) -> State:
         """Return the state a stage starts from: the parameters that the stage before left, and a fresh optimizer."""
         state, self._frozen = self.step.init(self.recipe.stage_key(shard, stage), {"model": self._initial})
         key = keys[shard][stage - 1] if stage else None
         state = state if key is None else state._replace(trainable=store.get(key, state.trainable))
         return host(state)  # until all members are put, each on its own devices
 
-    def _batches(self, shard: int, stage: int, encoded, without) -> Batches:
+    def _batches(self, shard: int, stage: int, encoded: Encoded, without: set[str]) -> Batches:
         parts = []
         for cut in range(stage + 1):
             if (shard, cut) not in encoded:
                 rows = [row for row in self.ledger.records(shard, cut, without) if row.rows]
                 encoded[shard, cut] = self.encode([row.record for row in rows]) if rows else None
-            parts += [encoded[shard, cut]] if encoded[shard, cut] is not None else []
+            if (part := encoded[shard, cut]) is not None:
+                parts.append(part)
         stream = Stream(concatenate(parts), self.recipe.train.batch_size)
         seed = self.recipe.stage_seed(shard, stage)
         return Batches((stream,), self.recipe.epochs[stage], seed, self.recipe.weighting)
 
-    def encode(self, records: Sequence, *, where: str = "records", tell=lambda message: None) -> Examples:
+    def encode(
+        self, records: Sequence, *, where: str = "records", tell: Callable[[str], None] = lambda message: None
+    ) -> Examples:
         """Tokenise records for the ensemble's task."""
         examples = encode(
             records, self.tokenizer, self.recipe.text, context=self.model.max_length, where=where, tell=tell,
@@ -247,8 +262,8 @@ class Ensemble:
 
         A shard that deletions have emptied drops out.
         """
-        sizes = self.sizes()
-        return {shard: row[-1] for shard, row in enumerate(self.needed()) if sizes[shard]}
+        keys = [row[-1] for row in self.needed()]
+        return {shard: key for shard, (key, size) in enumerate(zip(keys, self.sizes(), strict=True)) if key and size}
 
     def sizes(self, without: Iterable[str] = ()) -> np.ndarray:
         """Return how many examples each shard trains on, int64 (K,), without some of the records."""

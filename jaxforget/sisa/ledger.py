@@ -89,8 +89,10 @@ def now() -> str:
 class Ledger:
     """An open ledger; a context manager. A class, to close the file."""
 
+    _db: sqlite3.Connection  # in the first process alone
+
     def __init__(self, directory: Path):
-        self.path, self._db = Path(directory) / NAME, None
+        self.path = Path(directory) / NAME
         files.through_first(self._open)
 
     def _open(self) -> None:
@@ -128,8 +130,8 @@ class Ledger:
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *error) -> None:
-        if self._db is not None:
+    def __exit__(self, *error: Any) -> None:
+        if files.leads():
             self._db.close()
 
     def _change(self, write: Callable[[sqlite3.Connection], T]) -> T:
@@ -215,12 +217,13 @@ class Ledger:
 
     def deleted_by(self, identity: str) -> int | None:
         """Return the request that deleted an id, or None."""
-        found = next(self._read("SELECT request FROM deleted WHERE id_sha256 = ?", (id_hash(identity),)), None)
-        return found and found[0]
+        found = self._read("SELECT request FROM deleted WHERE id_sha256 = ?", (id_hash(identity),))
+        return next((number for (number,) in found), None)
 
     def twins(self, ids: Sequence[str]) -> list[Twin]:
         """Find surviving records that say what these say, exactly or after normalisation, and are not among them."""
-        asked, found = set(ids), {}
+        asked = set(ids)
+        found: dict[str, Twin] = {}
         for identity in asked:
             said = next(self._read("SELECT content, normal FROM records WHERE id = ?", (identity,)), None)
             if said is None:  # deleted meanwhile by another process
@@ -238,8 +241,9 @@ class Ledger:
     def receive(self, ids: Sequence[str]) -> int:
         """Accept a request: from here on it is never lost. Returns its number."""
 
-        def write(db) -> int:
-            number = db.execute("INSERT INTO requests (state, received) VALUES (?, ?)", (RECEIVED, now())).lastrowid
+        def write(db: sqlite3.Connection) -> int:
+            db.execute("INSERT INTO requests (state, received) VALUES (?, ?)", (RECEIVED, now()))
+            (number,) = db.execute("SELECT last_insert_rowid()").fetchone()
             db.executemany("INSERT INTO request_ids VALUES (?, ?)", ((number, identity) for identity in ids))
             return number
 
@@ -258,7 +262,7 @@ class Ledger:
     def advance(self, numbers: Sequence[int], state: str, receipts: Sequence[dict], *, forget: bool = False) -> None:
         """Move requests to a state with their receipts. forget: their records and plain ids go in the same act."""
 
-        def write(db) -> None:
+        def write(db: sqlite3.Connection) -> None:
             for number, receipt in zip(numbers, receipts, strict=True):
                 db.execute(
                     "UPDATE requests SET state = ?, receipt = ? WHERE request = ?", (state, json.dumps(receipt), number)
@@ -284,7 +288,7 @@ class Ledger:
     def add_stages(self, rows: Sequence[tuple[str, int, int, str, int, int]]) -> None:
         """Record stages whose checkpoints are complete: key, shard, stage, digest, steps, visits of each."""
 
-        def write(db) -> None:
+        def write(db: sqlite3.Connection) -> None:
             db.executemany("INSERT OR REPLACE INTO stages VALUES (?, ?, ?, ?, ?, ?)", rows)
 
         self._change(write)
@@ -292,7 +296,7 @@ class Ledger:
     def drop_stages(self, keys: Iterable[str]) -> None:
         """Forget stages whose checkpoints are gone or damaged."""
 
-        def write(db) -> None:
+        def write(db: sqlite3.Connection) -> None:
             db.executemany("DELETE FROM stages WHERE key = ?", ((key,) for key in keys))
 
         self._change(write)

@@ -12,6 +12,7 @@ import jax
 
 from jaxforget.data.sampling import hash_int
 from jaxforget.data.text import TextConfig
+from jaxforget.models import Model
 from jaxforget.report.run import plain
 from jaxforget.sisa.plan import epoch_schedule
 from jaxforget.training.ensemble import Members
@@ -61,7 +62,7 @@ class Recipe:
         """Key of the step's randomness."""
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), shard), stage)
 
-    def step(self, model, mask_id: int | None) -> Step:
+    def step(self, model: Model, mask_id: int | None) -> Step:
         """Join objective, trainable, gradient and optimizer."""
         return make_step(
             objective_for(self.task, model, mask_id),

@@ -6,7 +6,7 @@ Shapes: K members, N examples, B batch, T tokens, C classes (of a language model
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from jaxforget.data.tokens import Examples
 from jaxforget.metrics.classification import class_logp, classification_metrics
 from jaxforget.metrics.language import TokenScores, in_batches, language_metrics, masked_once, token_scores
+from jaxforget.models import Model
 from jaxforget.sisa.aggregation import AGGREGATIONS, aggregate, choose
 from jaxforget.sisa.ensemble import Ensemble
 from jaxforget.training.objectives import token_logp
@@ -26,11 +27,11 @@ def score(ensemble: Ensemble, name: str, examples: Examples, weights: str = "equ
     shards = sorted(ensemble.final_keys())
     params = [ensemble.params(shard) for shard in shards]
     weight_K, model, task = ensemble.weights(weights), ensemble.model, ensemble.recipe.task
+    votes: dict[str, dict[str, Any]] = {}
     if task == "classification":
         label_N = examples.columns["label"]
         logp_KNC = np.stack([class_logp(model, p, examples) for p in params])
         each = [classification_metrics(logp_NC, label_N) for logp_NC in logp_KNC]
-        votes = {}
         for rule in AGGREGATIONS:
             with np.errstate(divide="ignore"):  # a class without a vote
                 logp_NC = np.log(np.asarray(aggregate(rule, logp_KNC, weight_K)))
@@ -52,7 +53,7 @@ def score(ensemble: Ensemble, name: str, examples: Examples, weights: str = "equ
 
 
 @functools.cache
-def _term(model, rule: str):
+def _term(model: Model, rule: str) -> Callable[..., Any]:
     """Compile: add one member's part to the sum over members."""
 
     @jax.jit
@@ -63,7 +64,9 @@ def _term(model, rule: str):
     return term
 
 
-def ensemble_token_scores(model, params: Sequence, examples: Examples, rule: str, weight_K: np.ndarray) -> TokenScores:
+def ensemble_token_scores(
+    model: Model, params: Sequence, examples: Examples, rule: str, weight_K: np.ndarray
+) -> TokenScores:
     """Score every label of every example under the ensemble; one member's (B, T, C) is in memory at a time."""
     term, finish = _term(model, rule), choose(rule).finish
 

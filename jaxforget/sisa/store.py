@@ -86,7 +86,7 @@ class Scratch:
     """Stages in memory, of which only digests stay: for training from scratch to compare with."""
 
     def __init__(self):
-        self._trees: dict[str, PyTree] = {}
+        self._trees: dict[tuple[int, str], PyTree] = {}
         self._digests: dict[str, str] = {}
 
     def have(self) -> set[str]:

@@ -7,7 +7,7 @@ Shapes: S steps, B rows of a batch, T tokens.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +17,22 @@ from jaxforget.data.tokens import IGNORED, Examples, same_widths
 from jaxforget.errors import UserError
 
 Weighting = Literal["sequence", "token"]
+
+
+class AnyBatches(Protocol):
+    """What a run of one model takes its batches from. The usual ones are `Batches`; privacy/ draws others."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def tokens(self) -> int: ...
+
+    def tokens_until(self, steps: int) -> int: ...
+
+    def count(self, start: int, stop: int) -> int: ...
+
+    def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]: ...
 
 
 class Stream(NamedTuple):
@@ -51,8 +67,8 @@ class Batches:
 
     def __post_init__(self):
         wide = same_widths([stream.examples for stream in self.streams])
-        wide = tuple(stream._replace(examples=part) for stream, part in zip(self.streams, wide, strict=True))
-        object.__setattr__(self, "streams", wide)  # frozen for everybody else
+        streams = tuple(stream._replace(examples=part) for stream, part in zip(self.streams, wide, strict=True))
+        object.__setattr__(self, "streams", streams)  # frozen for everybody else
         for stream in self.streams:
             if not len(stream.examples):
                 raise UserError("a training set is empty after tokenisation; give it records with scored tokens")

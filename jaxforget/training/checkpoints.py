@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Checkpoints:
             self._store.close()
 
     @contextlib.contextmanager
-    def _told(self, what: str):
+    def _told(self, what: str) -> Iterator[None]:
         """Turn what Orbax raises into one sentence."""
         try:
             yield

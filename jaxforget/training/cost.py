@@ -16,11 +16,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from jaxforget.errors import UserError
+from jaxforget.models import Model
 from jaxforget.models.sharding import AXES, rule_of
 from jaxforget.training.trainable import path_str
 
@@ -30,15 +31,15 @@ class Passes(NamedTuple):
 
     forward: int = 1  # the reference model included
     backward: int = 1
-    private: bool = False  # norms of single rows besides
+    private: Literal["ghost", "bookkeep"] | None = None  # norms of single rows besides, and how
     moves: str = "model"  # or, beside a frozen one, adapters, or the values or gates of a sparse difference
 
 
 METHODS = {
     "plain": Passes(),
     "ascent_kl": Passes(forward=2),
-    "dp_ghost": Passes(backward=2, private=True),
-    "dp_bookkeep": Passes(private=True),
+    "dp_ghost": Passes(backward=2, private="ghost"),
+    "dp_bookkeep": Passes(private="bookkeep"),
     "sisa": Passes(),
     "sparse_gates": Passes(moves="gates"),
     "sparse": Passes(moves="values"),
@@ -112,16 +113,16 @@ class Cost(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A dense product of the model, in `count` layers."""
+    """A dense product of the model, in so many layers."""
 
     D: int
     F: int
-    count: int
+    layers: int
     again: bool  # remat computes it again: it is in a block, and not the last there, of which nothing is needed
     axes: tuple[str | None, ...]  # of the mesh, that its kernel is cut along
 
 
-def products(model) -> list[Product]:
+def products(model: Model) -> list[Product]:
     """List the dense products of a model, output head included."""
     found = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes()):
@@ -129,14 +130,14 @@ def products(model) -> list[Product]:
         if name.endswith("kernel"):
             *lead, D, F = leaf.shape
             again = name.split("/")[0] in model.config.stacks and not name.endswith("mlp/down/kernel")
-            found.append(Product(D, F, math.prod(lead), again, rule_of(name)))
+            found.append(Product(D, F, math.prod(lead), again, rule_of(name) or (None, None)))
     if model.config.head in ("causal", "masked") and model.config.tie_word_embeddings:
         V, D = model.shapes()["embed"]["table"].shape
         found.append(Product(D, V, 1, False, ("fsdp", "tensor")))
     return found
 
 
-def parameters(model) -> int:
+def parameters(model: Model) -> int:
     """Count the parameters of a model."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.shapes()))
 
@@ -150,14 +151,14 @@ def cost(work: Work) -> Cost:
 def _flops(work: Work) -> float:
     how, model, T = METHODS[work.method], work.model, work.length
     of_all = products(model)
-    dense = sum(2 * p.D * p.F * p.count for p in of_all)
+    dense = sum(2 * p.D * p.F * p.layers for p in of_all)
     attention = model.flops_per_token(T) - dense
-    again = sum(2 * p.D * p.F * p.count for p in of_all if p.again) * (model.remat == "full")
+    again = sum(2 * p.D * p.F * p.layers for p in of_all if p.again) * (model.remat == "full")
     again += attention * (model.remat != "none")
     learned = {"model": dense, "adapters": 0}.get(how.moves, min(2 * work.differing, dense))
     a_token = how.forward * (dense + attention) + how.backward * (again + dense + 2 * attention) + learned
     if how.private:
-        a_token += sum(p.count * _norm_flops(p, T) for p in of_all) + 2 * T * _width_of(model)  # 2 T D: looked up rows
+        a_token += sum(p.layers * _norm_flops(p, T) for p in of_all) + 2 * T * _width_of(model)  # 2 T D: looked up rows
     return work.tokens * a_token / work.size("tensor")
 
 
@@ -175,7 +176,7 @@ def _bytes(work: Work) -> float:
     weights = held * W / work.size("tensor") * 2 * width * (how.forward + how.backward * (1 + again))
     moving = held * W / cut if how.moves == "model" else work.moving  # Adam reads 4 floats and writes 3
     passes = how.forward + how.backward * (2 + again)
-    acts = sum((p.D + p.F) * p.count for p in products(model)) * width * passes
+    acts = sum((p.D + p.F) * p.layers for p in products(model)) * width * passes
     logits = 4 * model.vocab_size * (how.forward + how.backward) * 2
     difference = 24 * work.differing  # its places, itself, what it is added to, the sum, and the gradient twice
     return weights + 28 * moving + difference + work.tokens * (acts + logits) / work.size("tensor")
@@ -200,8 +201,8 @@ def _sent(work: Work) -> dict[str, float]:
         sent["data"] += 2 * data * gradient
     # A product cut by rows gives a part of a sum, one cut by columns gives that of the cotangent of what came in.
     of_all = products(model)
-    rows = sum(p.count for p in of_all if p.axes[0] == "tensor")
-    columns = sum(p.count for p in of_all if p.axes[1] == "tensor")
+    rows = sum(p.layers for p in of_all if p.axes[0] == "tensor")
+    columns = sum(p.layers for p in of_all if p.axes[1] == "tensor")
     sums = how.forward * (rows + 1) + how.backward * (columns + rows * (model.remat == "full"))  # 1: looked up rows
     sent["tensor"] = 2 * _ring(tensor) * work.tokens * _width_of(model) * width * sums
     return sent
@@ -211,12 +212,12 @@ def _ring(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _width_of(model) -> int:
+def _width_of(model: Model) -> int:
     """Return D of the stream between blocks."""
     return model.shapes()["embed"]["table"].shape[1]
 
 
-def _width(model) -> int:
+def _width(model: Model) -> int:
     """Return the bytes of a number in an activation."""
     return jax.numpy.dtype(model.dtype).itemsize
 

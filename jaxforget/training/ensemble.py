@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.models import sharding
-from jaxforget.training.batches import Batches
+from jaxforget.training.batches import AnyBatches
 from jaxforget.training.step import Parts, PyTree, Step
 
 Members = Literal["auto", "map", "vmap"]
@@ -99,10 +99,10 @@ class MemberBatches:
     Members may have different numbers of steps. A member's batches are those it would have alone.
     """
 
-    members: tuple[Batches | None, ...]
+    members: tuple[AnyBatches | None, ...]
 
     @property
-    def active(self) -> list[Batches]:
+    def active(self) -> list[AnyBatches]:
         """Give the members that train."""
         return [batches for batches in self.members if batches is not None]
 

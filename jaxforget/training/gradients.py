@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxforget.models.sharding import pin_rows
-from jaxforget.training.step import Batch
+from jaxforget.training.step import Batch, Gradient
 
 
 def microbatches(batch: Batch, size: int) -> Batch:
@@ -21,7 +21,7 @@ def microbatches(batch: Batch, size: int) -> Batch:
 
 
 @functools.cache
-def mean_gradient(microbatch: int | None = None):
+def mean_gradient(microbatch: int | None = None) -> Gradient:
     """Differentiate the weighted mean  sum_b w_b loss_b / sum_b w_b.
 
     microbatch: examples differentiated at a time by a scan, or None for all at once. It bounds memory, and on a CPU

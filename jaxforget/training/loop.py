@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxforget.errors import NonFiniteLoss
 from jaxforget.models import sharding
-from jaxforget.training.batches import Batches
+from jaxforget.training.batches import AnyBatches
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.ensemble import MemberBatches
 from jaxforget.training.step import Parts, State, Step, make_run, place
@@ -55,7 +55,7 @@ def fit(
     step: Step,
     state: State,
     frozen: Parts,
-    batches: Batches | MemberBatches,
+    batches: AnyBatches | MemberBatches,
     *,
     chunk: int = 16,
     evaluate_every: int = 0,
@@ -149,7 +149,7 @@ def fit(
     return Outcome(state, done, elapsed(), compiling, batches.tokens_until(done), stopped)
 
 
-def _at(i: int, values_S: np.ndarray, ran) -> Any:
+def _at(i: int, values_S: np.ndarray, ran: Any) -> Any:
     """Take step i of a metric: a number, or a list over members with None for those that had no such step."""
     values = values_S[..., i].tolist()
     return [x if i < n else None for x, n in zip(values, ran, strict=True)] if isinstance(values, list) else values

@@ -10,13 +10,15 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxforget import checks
 from jaxforget.errors import UserError
+from jaxforget.models import Model
 from jaxforget.models.layers import LowRank
 from jaxforget.training.step import Parts, PyTree, Trainable
 from jaxforget.training.trainable import everything, path_str, subset
@@ -93,7 +95,7 @@ def lora(config: LoraConfig) -> Trainable:
         moving["also"] = _pick(config.trains, model)
         return moving, {**parts, "model": _pick(lambda path: not config.trains(path), model)}
 
-    def combine(frozen: Parts, moving: PyTree, key=None) -> Parts:
+    def combine(frozen: Parts, moving: PyTree, key: jax.Array | None = None) -> Parts:
         def join(x, a, b, also):
             return also if x is None else x if a is None else LowRank(x, a, b, config.scale)
 
@@ -103,7 +105,7 @@ def lora(config: LoraConfig) -> Trainable:
     return Trainable(init, combine)
 
 
-def with_head(config: LoraConfig, model) -> LoraConfig:
+def with_head(config: LoraConfig, model: Model) -> LoraConfig:
     """Train a classification head in full besides, unless `config.also` says otherwise."""
     if not config.rank or config.also or model.config.head != "classification":
         return config
@@ -144,7 +146,9 @@ def _matches(pattern: str, path: str) -> bool:
     return re.fullmatch(f"(.*/)?(?:{pattern})", path) is not None
 
 
-def _pick(chosen, model: PyTree, function=lambda path, x: x) -> PyTree:
+def _pick(
+    chosen: Callable[[str], bool], model: PyTree, function: Callable[[str, Any], Any] = lambda path, x: x
+) -> PyTree:
     """Apply a function of path and leaf where a path is chosen; None elsewhere."""
 
     def one(path, x):

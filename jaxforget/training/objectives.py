@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxforget.data.tokens import IGNORED
+from jaxforget.models import Model
+from jaxforget.training.step import Objective
 
 
 def token_logp(logits_BTV: jax.Array, labels_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -30,7 +32,7 @@ def sequence_mean(values_BT: jax.Array, scored_BT: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def next_token(model):
+def next_token(model: Model) -> Objective:
     """Negative log-likelihood a token: losses_B = factor_B * mean over scored tokens of -log p, in nats."""
 
     def losses(parts, batch, key):
@@ -41,7 +43,7 @@ def next_token(model):
 
 
 @functools.cache
-def drawn_token(model):
+def drawn_token(model: Model) -> Objective:
     """next_token with every label replaced by what the model itself draws there, the text before it being the real one.
 
     The gradients have mean 0 and the Fisher information as covariance. The draws are a function of `draw_B`.
@@ -58,7 +60,7 @@ def drawn_token(model):
 
 
 @functools.cache
-def classification(model):
+def classification(model: Model) -> Objective:
     """Negative log-likelihood of the class: losses_B = factor_B * -log p(label_B), in nats."""
 
     def losses(parts, batch, key):
@@ -69,7 +71,7 @@ def classification(model):
 
 
 @functools.cache
-def masked_token(model, mask_id: int):
+def masked_token(model: Model, mask_id: int) -> Objective:
     """Negative log-likelihood of masked tokens: losses_B = factor_B * mean over them of -log p, in nats.
 
     What is masked is a function of `draw_B` alone: (seed, example id, epoch). See `mask_tokens`.
@@ -83,7 +85,9 @@ def masked_token(model, mask_id: int):
     return losses
 
 
-def mask_tokens(tokens_BT, labels_BT, draw_B, mask_id: int, vocab_size: int, rate: float = 0.15):
+def mask_tokens(
+    tokens_BT: jax.Array, labels_BT: jax.Array, draw_B: jax.Array, mask_id: int, vocab_size: int, rate: float = 0.15
+) -> tuple[jax.Array, jax.Array]:
     """Choose tokens to predict and hide them. Returns (tokens_BT, labels_BT), labels -100 where nothing is predicted.
 
     A position with a label is chosen with probability `rate`, and at least one a row is; of the chosen 80 % become the
@@ -103,7 +107,7 @@ def mask_tokens(tokens_BT, labels_BT, draw_B, mask_id: int, vocab_size: int, rat
 
 
 @functools.cache
-def next_token_with_kl(model):
+def next_token_with_kl(model: Model) -> Objective:
     """`next_token` on the first stream; KL to the reference model, a token, on the others.
 
     losses_B = factor_B * mean over scored tokens of KL(p_reference || p_theta) in nats, where `stream_B` > 0.
@@ -132,7 +136,7 @@ def kl_divergence(reference_BTV: jax.Array, logits_BTV: jax.Array) -> jax.Array:
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def objective_for(task: str, model, mask_id: int | None = None):
+def objective_for(task: str, model: Model, mask_id: int | None = None) -> Objective:
     """Return the training objective of a task: causal, seq2seq, classification or masked."""
     if task == "masked":
         return masked_token(model, mask_id)

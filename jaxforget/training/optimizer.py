@@ -18,7 +18,7 @@ import optax
 from jaxforget import checks
 from jaxforget.errors import UserError
 from jaxforget.models.sharding import ROWS, check_rows, size
-from jaxforget.training.step import State
+from jaxforget.training.step import PyTree, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def schedule(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _decays(params) -> Any:
+def _decays(params: PyTree) -> Any:
     # Stacked blocks give every leaf a leading L, so a bias has two axes: decide by name.
     def decays(path, x):
         return getattr(path[-1], "key", "") in ("kernel", "table")
@@ -137,7 +137,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     return _adamw(OptimizerConfig(**{**{name: getattr(config, name) for name in names}, "learning_rate": 0.0}))
 
 
-def set_schedule(state: State, *, learning_rate, total) -> State:
+def set_schedule(state: State, *, learning_rate: Any, total: Any) -> State:
     """Write the peak learning rate and the run length, in updates, into a fresh state; of K members, K of each."""
 
     def write(node):

@@ -39,12 +39,12 @@ class Layout(NamedTuple):
         found = {path_str(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
         return np.concatenate([np.ravel(found[path]) for path in self.paths])
 
-    def split(self, vector_N) -> dict[str, jax.Array]:
+    def split(self, vector_N: jax.Array) -> dict[str, jax.Array]:
         """Return path -> array."""
         parts = jnp.split(vector_N, np.cumsum(self.sizes)[:-1].tolist())
         return {path: part.reshape(shape) for path, part, shape in zip(self.paths, parts, self.shapes, strict=True)}
 
-    def add(self, params: PyTree, vector_N) -> PyTree:
+    def add(self, params: PyTree, vector_N: jax.Array) -> PyTree:
         """Add a difference. Parameters may have leading axes more than the layout, which then share the difference."""
         found = self.split(vector_N)
 
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
         return jax.tree_util.tree_map_with_path(one, params)
 
-    def spread(self, group_G) -> jax.Array:
+    def spread(self, group_G: jax.Array) -> jax.Array:
         """Give every parameter the number of its tensor."""
         sizes_G = np.repeat(self.sizes // np.asarray(self.tensors), self.tensors)
         return jnp.repeat(group_G, sizes_G, total_repeat_length=self.size)
@@ -80,23 +80,23 @@ def lay_out(params: PyTree, patterns: tuple[str, ...], stacks: Mapping[str, int]
     return found
 
 
-def sparse_difference(layout: Layout, place_P) -> Trainable:
+def sparse_difference(layout: Layout, place_P: np.ndarray) -> Trainable:
     """Train what is added to `parts["model"]` at these places, from 0. Weight decay does not reach it.
 
     Every other parameter keeps its bits, and has no optimizer state.
     """
 
-    def init(key, parts: Parts):
+    def init(key: jax.Array, parts: Parts) -> tuple[PyTree, Parts]:
         return {"value": jnp.zeros(len(place_P))}, {**parts, "where": where(layout, place_P)}
 
-    def combine(frozen: Parts, moving: PyTree, key=None) -> Parts:
+    def combine(frozen: Parts, moving: PyTree, key: jax.Array | None = None) -> Parts:
         parts = {name: part for name, part in frozen.items() if name != "where"}
         return {**parts, "model": layout.add(parts["model"], placed(moving["value"], **frozen["where"]))}
 
     return Trainable(init, combine)
 
 
-def where(layout: Layout, place_P) -> dict[str, jax.Array]:
+def where(layout: Layout, place_P: jax.Array | np.ndarray) -> dict[str, jax.Array]:
     """Return the places, and for each of the N parameters its value's place among the P, or P where it has none.
 
     Places from N on are padding.
@@ -107,7 +107,7 @@ def where(layout: Layout, place_P) -> dict[str, jax.Array]:
 
 
 @jax.custom_vjp
-def placed(value, place, source):
+def placed(value: jax.Array, place: jax.Array, source: jax.Array) -> jax.Array:
     """Put values in their places: a gather both ways. A scatter takes a CPU several times as long as the model.
 
     Elsewhere stands -0, which added to a number leaves its bits, even those of -0.

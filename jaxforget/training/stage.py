@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from jaxforget import files
-from jaxforget.models import hub
+from jaxforget.models import Model, hub
 from jaxforget.models.layers import merge
 from jaxforget.models.sharding import resting
-from jaxforget.training.batches import Batches
+from jaxforget.training.batches import AnyBatches
 from jaxforget.training.checkpoints import Checkpoints
 from jaxforget.training.loop import Outcome, fit
 from jaxforget.training.optimizer import set_schedule
@@ -32,12 +32,22 @@ def finished(directory: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+class StageBatches(AnyBatches, Protocol):
+    """Batches that tell as well what a stage is recorded and seeded by."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def mean_length(self) -> float: ...
+
+
 def train_stage(
     directory: Path,
-    model,
+    model: Model,
     step: Step,
     parts: Parts,
-    batches: Batches,
+    batches: StageBatches,
     *,
     learning_rate: float,
     save_tokenizer: Callable[[Path], Any],
@@ -76,7 +86,7 @@ def train_stage(
         model, outcome.tokens, batches.mean_length, forward_tokens=record.pop("forward_tokens", 0)
     )
 
-    beside = tokenizer_files(save_tokenizer)
+    beside: dict[str, str | bytes] = {**tokenizer_files(save_tokenizer)}
     files.remove(*directory.parent.glob(f".{directory.name}.*"))  # what a kill during an earlier save left
     save_adapter(joined)
     beside[RECORD] = json.dumps(record, indent=2) + "\n"
@@ -85,7 +95,7 @@ def train_stage(
     return params, record
 
 
-def training_flops(model, tokens: int, mean_length: float, *, forward_tokens: int = 0) -> float:
+def training_flops(model: Model, tokens: int, mean_length: float, *, forward_tokens: int = 0) -> float:
     """Estimate the FLOPs of a run: forward plus twice that for backward on `tokens`, forward alone on `forward_tokens`.
 
     A forward pass costs what `model.flops_per_token` says at this length. Padding is not counted. Where most kernels

@@ -30,7 +30,10 @@ RUN, OPTIMIZER = 0x52554E, 0x4F5054
 PyTree = Any
 Parts = dict[str, PyTree]
 Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
 Objective = Callable[[Parts, Batch, jax.Array], jax.Array]
+Losses = Callable[[PyTree, Batch, jax.Array], jax.Array]  # trainable, batch, key -> losses_B
+Gradient = Callable[[Losses, PyTree, Batch, jax.Array], tuple[Metrics, PyTree]]
 
 
 class State(NamedTuple):
@@ -58,7 +61,7 @@ class Estimator(NamedTuple):
     """A gradient estimator that remembers something between steps, such as an adaptive clipping bound."""
 
     init: Callable[[PyTree], PyTree]  # trainable -> memory
-    estimate: Callable[..., tuple[PyTree, dict[str, jax.Array], PyTree]]  # memory, losses, ... -> memory, report, grads
+    estimate: Callable[[PyTree, Losses, PyTree, Batch, jax.Array], tuple[PyTree, Metrics, PyTree]]  # memory first
 
 
 class Step(NamedTuple):
@@ -70,14 +73,16 @@ class Step(NamedTuple):
     """
 
     init: Callable[[jax.Array, Parts], tuple[State, Parts]]  # key, parts -> state, frozen
-    update: Callable[[State, Parts, Batch], tuple[State, dict[str, jax.Array]]]
-    run: Callable[[State, Parts, Batch, jax.Array], tuple[State, dict[str, jax.Array]]]
+    update: Callable[[State, Parts, Batch], tuple[State, Metrics]]
+    run: Callable[[State, Parts, Batch, jax.Array], tuple[State, Metrics]]
     combine: Callable[..., Parts]
     own: tuple[str, ...] | None = None  # of members: the parts with a leading K; None is a step of one model
 
 
 @functools.cache  # equal compositions are the same function, so each is traced and compiled once a process
-def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: optax.GradientTransformation) -> Step:
+def make_step(
+    objective: Objective, trainable: Trainable, gradient: Gradient | Estimator, optimizer: optax.GradientTransformation
+) -> Step:
     """Join the four functions into a pure step.
 
     metrics: scalars `loss` (the gradient's own mean, nats), `grad_norm`, and whatever else the gradient reports.
@@ -95,8 +100,8 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
         key = jax.random.fold_in(key, RUN)
         return State(jnp.int32(0), moving, optimizer.init(moving), gradient.init(moving), key), frozen
 
-    def update(state: State, frozen: Parts, batch: Batch):
-        def losses(moving, batch, key):
+    def update(state: State, frozen: Parts, batch: Batch) -> tuple[State, Metrics]:
+        def losses(moving: PyTree, batch: Batch, key: jax.Array) -> jax.Array:
             return objective(trainable.combine(frozen, moving, key), batch, key)
 
         key = jax.random.fold_in(state.key, state.step)
@@ -108,13 +113,15 @@ def make_step(objective: Objective, trainable: Trainable, gradient, optimizer: o
         metrics = {**report, "grad_norm": optax.tree.norm(grads)}
         return State(state.step + 1, moved, opt_state, memory, state.key), metrics
 
-    def run(state: State, frozen: Parts, batches_S: Batch, count: jax.Array):
+    def run(state: State, frozen: Parts, batches_S: Batch, count: jax.Array) -> tuple[State, Metrics]:
         return scan_first(lambda state, batch: update(state, frozen, batch), state, batches_S, count)
 
     return Step(init, update, run, trainable.combine)
 
 
-def scan_first(function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, inputs_S: PyTree, count):
+def scan_first(
+    function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, inputs_S: PyTree, count: jax.Array
+) -> tuple[PyTree, PyTree]:
     """lax.scan over the first `count`, which is traced, of S stacked inputs; outputs beyond are zeros, (S, ...)."""
 
     def take(i):
@@ -133,7 +140,7 @@ def scan_first(function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carr
 
 
 @functools.cache
-def make_run(step: Step):
+def make_run(step: Step) -> jax.stages.Wrapped:
     """Compile `step.run`. The state is donated, and lies after it where it lay before."""
 
     def run(state, frozen, batches_S, count):

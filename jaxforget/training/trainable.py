@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import jax
 
@@ -11,12 +12,12 @@ from jaxforget.errors import UserError
 from jaxforget.training.step import Parts, PyTree, Trainable
 
 
-def path_str(path) -> str:
+def path_str(path: Any) -> str:
     """Name a leaf as `model/blocks/attn/q/kernel`: the one spelling for masks, patterns and files."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _fill(tree: PyTree, other: PyTree, key=None) -> PyTree:
+def _fill(tree: PyTree, other: PyTree, key: jax.Array | None = None) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda x: x is None)
 
 
@@ -27,7 +28,7 @@ def subset(*patterns: str) -> Trainable:
     Frozen leaves have no optimizer state and are stored once. Raises UserError for a pattern that matches nothing.
     """
 
-    def init(key, parts: Parts):
+    def init(key: jax.Array, parts: Parts) -> tuple[PyTree, Parts]:
         leaves = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(parts)]
         for pattern in patterns:
             if not any(re.fullmatch(pattern, leaf) for leaf in leaves):

@@ -19,7 +19,7 @@ from jaxforget.unlearning.idk_nll import IdkNLL
 from jaxforget.unlearning.npo import NPO
 from jaxforget.unlearning.pdu import PDU
 from jaxforget.unlearning.random_labels import RandomLabels
-from jaxforget.unlearning.recipe import Method, Recipe, Setting, check_setting
+from jaxforget.unlearning.recipe import Loss, Method, Recipe, Setting, check_setting
 from jaxforget.unlearning.rmu import RMU
 from jaxforget.unlearning.simnpo import SimNPO
 from jaxforget.unlearning.task_vector import TaskVector
@@ -58,4 +58,4 @@ def choose(names: Sequence[str]) -> dict[str, Method]:
     return choice.choose(METHODS, names, {"paper": PAPER})
 
 
-__all__ = ["METHODS", "PAPER", "Method", "Recipe", "Setting", "adjust", "check_setting", "choose"]
+__all__ = ["METHODS", "PAPER", "Loss", "Method", "Recipe", "Setting", "adjust", "check_setting", "choose"]

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import numpy as np
 
 from jaxforget.data.tokens import IGNORED, Examples
 from jaxforget.metrics.language import in_batches
+from jaxforget.models import Model, Params
 from jaxforget.training.batches import Stream
 from jaxforget.training.objectives import next_token
 from jaxforget.unlearning.recipe import Recipe, Setting
@@ -36,9 +38,9 @@ class AdversarialSamples:
 
     def recipe(self, setting: Setting) -> Recipe:
         model, forget = setting.model, setting.sets["forget"]
-        how = {"forbidden_id": setting.pad_id, "released": self.released_code_alignment}
+        how: dict[str, Any] = {"forbidden_id": setting.pad_id, "released": self.released_code_alignment}
 
-        def compute():
+        def compute() -> dict[str, np.ndarray]:
             return {"labels": adversarial_labels(model, setting.params, forget, **how)}
 
         found = stored(setting, "adversarial_labels", forget, compute, **how)
@@ -47,7 +49,13 @@ class AdversarialSamples:
 
 
 def adversarial_labels(
-    model, params, examples: Examples, *, forbidden_id: int | None = None, released: bool = False, batch: int = 32
+    model: Model,
+    params: Params,
+    examples: Examples,
+    *,
+    forbidden_id: int | None = None,
+    released: bool = False,
+    batch: int = 32,
 ) -> np.ndarray:
     """Return (N, T) labels: the starting model's best token other than the true one, at scored positions."""
     tokens_NT, labels_NT = examples.columns["tokens"], examples.columns["labels"]
@@ -61,7 +69,7 @@ def adversarial_labels(
 
 
 @functools.cache
-def _best(model, forbidden_id: int | None):
+def _best(model: Model, forbidden_id: int | None) -> Callable[..., jax.Array]:
     @jax.jit
     def best(params, batch):
         logits_BTV = model.batch_logits(params, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,7 +64,7 @@ def from_field(setting: Setting, field: str) -> list[Record]:
     return answered(records, texts)
 
 
-def _other_answer(record: Record, field: str):
+def _other_answer(record: Record, field: str) -> Any:
     found = record.fields.get(field, record.fields.get(f"{field}s"))  # the generated corpus has the plural
     return found[0] if isinstance(found, (list, tuple)) and found else found
 
@@ -112,10 +113,11 @@ def _sampled(setting: Setting, records: Sequence[Record], temperature: float, ma
             for i, row in zip(part, host(drawn_BN), strict=False):
                 text = tokenizer.decode(row[row != forget.pad_id], skip_special_tokens=True).strip()
                 texts[i] = text if text and text != records[i].text.strip() else None
-    if None in texts:
+    found = [text for text in texts if text is not None]
+    if len(found) < len(texts):
         record = records[texts.index(None)]
         raise UserError(
             f"the starting model gives nothing but the answer to forget record {record.id!r} in {TRIES} tries; "
             "raise temperature, or give the records a field with other answers"
         )
-    return texts
+    return found

@@ -10,6 +10,7 @@ w_r = lambda / 2: the defaults with lambda = 1.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jaxforget.training.batches import Stream
 from jaxforget.training.objectives import next_token
@@ -36,7 +37,7 @@ class AscentDescent:
         return Recipe(mixed_streams(self, setting), next_token(setting.model))
 
 
-def mixed_streams(config, setting: Setting) -> tuple[Stream, ...]:
+def mixed_streams(config: Any, setting: Setting) -> tuple[Stream, ...]:
     """Fill a batch with forget rows and `retain_ratio` times as many retain rows; weights hold whatever the counts."""
     return (
         Stream(setting.sets["forget"], setting.rows, -config.forget_weight),

@@ -20,6 +20,7 @@ from jaxforget.data.tokens import IGNORED, Examples
 from jaxforget.errors import UserError
 from jaxforget.training.batches import Stream
 from jaxforget.training.objectives import sequence_mean
+from jaxforget.training.step import Batch, Parts
 from jaxforget.unlearning import retain
 from jaxforget.unlearning.recipe import Recipe, Setting
 
@@ -54,7 +55,7 @@ def without_first(examples: Examples, skip: int) -> Examples:
     return kept
 
 
-def ceu(parts, batch, logits_BTV):
+def ceu(parts: Parts, batch: Batch, logits_BTV: jax.Array) -> jax.Array:
     """losses_B = mean over scored tokens of the cross-entropy to p*."""
     logits_BTV, labels_BT = logits_BTV.astype(jnp.float32), batch["labels"]
     true_BTV = labels_BT[..., None] == jnp.arange(logits_BTV.shape[-1])[None, None]

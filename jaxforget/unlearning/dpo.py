@@ -20,8 +20,9 @@ import numpy as np
 
 from jaxforget import checks
 from jaxforget.data.tokens import Examples
+from jaxforget.models import Model
 from jaxforget.unlearning import answers, retain
-from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.recipe import Loss, Recipe, Setting
 from jaxforget.unlearning.reference import reference_logp, sequence_logp
 
 
@@ -76,7 +77,7 @@ def paired(setting: Setting, forget: Examples, preferred: Examples) -> Examples:
 
 
 @functools.cache
-def dpo(model, beta: float):
+def dpo(model: Model, beta: float) -> Loss:
     """losses_B = -(2/beta) log sigmoid(beta (ratio of the preferred answer - ratio of the one to forget))."""
 
     def loss(parts, batch, logits_BTV):

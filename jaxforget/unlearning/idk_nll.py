@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
+from jaxforget.training.step import Batch, Parts
 from jaxforget.unlearning import answers, retain
 from jaxforget.unlearning.recipe import Recipe, Setting
 
@@ -24,6 +27,6 @@ class IdkNLL(retain.RetainConfig):
         return retain.recipe(self, setting, refused, nll, "token")
 
 
-def nll(parts, batch, logits_BTV):
+def nll(parts: Parts, batch: Batch, logits_BTV: jax.Array) -> jax.Array:
     """losses_B = mean over scored tokens of -log p."""
     return retain.retain_nll(None, parts, batch, logits_BTV)

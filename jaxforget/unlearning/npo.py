@@ -15,7 +15,7 @@ import jax
 
 from jaxforget import checks
 from jaxforget.unlearning import retain
-from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.recipe import Loss, Recipe, Setting
 from jaxforget.unlearning.reference import reference_logp, sequence_logp
 
 
@@ -35,7 +35,7 @@ class NPO(retain.RetainConfig):
 
 
 @functools.cache
-def npo(beta: float):
+def npo(beta: float) -> Loss:
     """losses_B = (2/beta) log(1 + (pi/pi_ref)^beta), with log pi_ref in `reference_logp_B`."""
 
     def loss(parts, batch, logits_BTV):

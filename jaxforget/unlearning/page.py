@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def write_report(path: Path, title: str, rows: Sequence[dict], curves: Sequence[
     utility = "retain" if any(row.get("retain_nll") is not None for row in rows) else "general"
     if any(row.get(f"{utility}_nll") is not None for row in rows):
         drawn = [figure(lambda axes: _trade_off(axes, rows, utility))]
-        drawn += [figure(lambda axes, s=s: _curves(axes, curves, rows, s)) for s in ("forget", utility)]
+        drawn += [figure(functools.partial(_curves, curves=curves, rows=rows, name=s)) for s in ("forget", utility)]
         sections.append((
             "Forgetting against damage",
             "First the end of every method: the star is the retrained model, and a good method lands on it. Then the "

@@ -23,7 +23,9 @@ from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
 from jaxforget.errors import UserError
 from jaxforget.metrics.language import language_metrics, token_scores
+from jaxforget.models import Model
 from jaxforget.training.objectives import sequence_mean
+from jaxforget.training.step import Batch, Objective, Parts
 from jaxforget.unlearning import retain
 from jaxforget.unlearning.recipe import Recipe, Setting
 from jaxforget.unlearning.reference import stored
@@ -79,7 +81,7 @@ def starting_loss(setting: Setting, name: str) -> float:
 
 
 @functools.cache
-def pdu(model, retain_loss: str):
+def pdu(model: Model, retain_loss: str) -> Objective:
     """Flatness of the logits on the first stream; lambda (retain loss - epsilon) on the second, times factor_B."""
     both = retain.both(model, flatness, retain_loss)
 
@@ -91,7 +93,7 @@ def pdu(model, retain_loss: str):
     return losses
 
 
-def flatness(parts, batch, logits_BTV) -> jax.Array:
+def flatness(parts: Parts, batch: Batch, logits_BTV: jax.Array) -> jax.Array:
     """losses_B = mean over scored tokens of (max_v z - mean_v z)^2."""
     logits_BTV = logits_BTV.astype(jnp.float32)
     gap_BT = jnp.max(logits_BTV, axis=-1) - jnp.mean(logits_BTV, axis=-1)

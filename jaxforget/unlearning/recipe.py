@@ -15,7 +15,13 @@ from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.models.layers import merge
 from jaxforget.training.batches import Stream
-from jaxforget.training.step import Objective, Parts, PyTree, Trainable
+from jaxforget.training.step import Batch, Objective, Parts, PyTree, Trainable
+
+Loss = Callable[[Parts, Batch, jax.Array], jax.Array]  # of the model's logits: parts, batch, logits_BTV -> losses_B
+
+
+def _no_encoder(records: Sequence[Record]) -> Examples:
+    raise UserError("a method that answers the forget questions otherwise needs `encode` in its setting")
 
 
 class Setting(NamedTuple):
@@ -35,7 +41,7 @@ class Setting(NamedTuple):
     pad_id: int | None = None  # a token id that never occurs in text
     records: Sequence[Record] = ()
     tokenizer: Any = None
-    encode: Callable[[Sequence[Record]], Examples] | None = None
+    encode: Callable[[Sequence[Record]], Examples] = _no_encoder
     cache: Path | None = None
     microbatch: int | None = None
 
@@ -84,15 +90,17 @@ def check_setting(method: Method, name: str, setting: Setting) -> None:
 
 
 @functools.cache
-def moves(moving: Trainable, others: tuple[str, ...] = (), finish=None) -> Trainable:
+def moves(
+    moving: Trainable, others: tuple[str, ...] = (), finish: Callable[[Parts], PyTree] | None = None
+) -> Trainable:
     """Let the parts `others` move beside what a trainable moves, and evaluate and save what `finish` makes."""
 
-    def init(key, parts: Parts):
+    def init(key: jax.Array, parts: Parts) -> tuple[PyTree, Parts]:
         given = {name: part for name, part in parts.items() if name not in others}
         own, frozen = moving.init(key, given)
         return {"own": own, "others": {name: parts[name] for name in others}}, frozen
 
-    def combine(frozen: Parts, trainable: PyTree, key=None) -> Parts:
+    def combine(frozen: Parts, trainable: PyTree, key: jax.Array | None = None) -> Parts:
         parts = {**moving.combine(frozen, trainable["own"], key), **trainable["others"]}
         if finish is None or key is not None:  # in a step
             return parts
@@ -102,7 +110,9 @@ def moves(moving: Trainable, others: tuple[str, ...] = (), finish=None) -> Train
 
 
 @functools.cache
-def optimized(optimizer: optax.GradientTransformation, others: tuple[tuple[str, optax.GradientTransformation], ...]):
+def optimized(
+    optimizer: optax.GradientTransformation, others: tuple[tuple[str, optax.GradientTransformation], ...]
+) -> optax.GradientTransformation:
     """Give every part in `others`, (name, optimizer), its own optimizer. For what `moves` makes."""
 
     def label(path, _):

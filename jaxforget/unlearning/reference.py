@@ -6,7 +6,6 @@ Shapes: N examples, B batch, T tokens.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxforget.data.tokens import Examples
-from jaxforget.files import write_atomic
+from jaxforget.files import save_arrays
 from jaxforget.metrics.language import in_batches
 from jaxforget.training.checkpoints import digest
 from jaxforget.training.objectives import token_logp
 from jaxforget.unlearning.recipe import Setting
 
 
-def sequence_logp(logits_BTV, labels_BT) -> jax.Array:
+def sequence_logp(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """Return log p of a sequence's scored tokens together, (B,), nats: log pi."""
     return jnp.sum(token_logp(logits_BTV, labels_BT)[0], axis=-1)
 
@@ -64,7 +63,5 @@ def stored(
         pass
     arrays = {field: np.asarray(array) for field, array in compute().items()}
     setting.cache.mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    np.savez(content, key=np.asarray(key), **arrays)
-    write_atomic(path, content.getvalue())
+    save_arrays(path, key=np.asarray(key), **arrays)
     return arrays

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ import numpy as np
 from jaxforget import checks
 from jaxforget.data.tokens import IGNORED, Examples
 from jaxforget.errors import UserError
+from jaxforget.models import Model
 from jaxforget.training.batches import Stream, Weighting
 from jaxforget.training.objectives import kl_divergence, sequence_mean, token_logp
-from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.training.step import Batch, Objective, Parts
+from jaxforget.unlearning.recipe import Loss, Recipe, Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class RetainConfig:
         return (self.retain_set,) if self.retain_weight else ()
 
 
-def retain_rows(config, forget_rows: int) -> int:
+def retain_rows(config: Any, forget_rows: int) -> int:
     """Return the retain rows of a batch with this many forget rows."""
     return max(1, round(config.retain_ratio * forget_rows))
 
@@ -98,7 +101,7 @@ def reference_parts(config: RetainConfig, setting: Setting) -> dict[str, object]
 
 
 def recipe(
-    config: RetainConfig, setting: Setting, forget: Examples, forget_loss, weighting: Weighting, **more
+    config: RetainConfig, setting: Setting, forget: Examples, forget_loss: Loss, weighting: Weighting, **more: Any
 ) -> Recipe:
     """Join a forget loss, forget_loss(parts, batch, logits_BTV) -> losses_B, with the retain term of the config."""
     parts = reference_parts(config, setting)
@@ -109,7 +112,7 @@ def recipe(
 
 
 @functools.cache
-def both(model, forget_loss, retain_loss: str):
+def both(model: Model, forget_loss: Loss, retain_loss: str) -> Objective:
     """The forget loss on the first stream, the retain loss on the second; losses_B are multiplied by factor_B."""
 
     def losses(parts, batch, key):
@@ -121,13 +124,13 @@ def both(model, forget_loss, retain_loss: str):
     return losses
 
 
-def retain_nll(model, parts, batch, logits_BTV) -> jax.Array:
+def retain_nll(model: Model | None, parts: Parts, batch: Batch, logits_BTV: jax.Array) -> jax.Array:
     """-log p a scored token, (B,)."""
     logp_BT, scored_BT = token_logp(logits_BTV, batch["labels"])
     return -sequence_mean(logp_BT, scored_BT)
 
 
-def retain_kl(model, parts, batch, logits_BTV) -> jax.Array:
+def retain_kl(model: Model, parts: Parts, batch: Batch, logits_BTV: jax.Array) -> jax.Array:
     """KL(p_reference || p_theta) a scored token, (B,)."""
     if "reference" not in parts:  # no retain rows
         return jnp.zeros(batch["factor"].shape)
@@ -138,7 +141,7 @@ def retain_kl(model, parts, batch, logits_BTV) -> jax.Array:
 RETAIN = {"nll": retain_nll, "kl": retain_kl}
 
 
-def on_stream(index: int, batch, compute) -> jax.Array:
+def on_stream(index: int, batch: Batch, compute: Callable[[], jax.Array]) -> jax.Array:
     """Return compute(), or zeros of that shape where the micro-batch has no row of the stream."""
     shape = jax.eval_shape(compute)
     return jax.lax.cond(jnp.any(batch["stream"] == index), compute, lambda: jnp.zeros(shape.shape, shape.dtype))

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
 from jaxforget.errors import UserError
+from jaxforget.models import Model, Params
 from jaxforget.training.objectives import sequence_mean
+from jaxforget.training.step import Objective
 from jaxforget.unlearning import retain
 from jaxforget.unlearning.recipe import Recipe, Setting
 
@@ -55,7 +57,7 @@ class RMU(retain.RetainConfig):
     def check(self, setting: Setting) -> None:
         self.blocks(setting.model)
 
-    def blocks(self, model) -> int:
+    def blocks(self, model: Model) -> int:
         """Return how many blocks are computed. Raises UserError for a layer that the model does not have."""
         depth = model.config.stacks["blocks"]
         if self.layer is None:
@@ -83,19 +85,19 @@ def direction(seed: int, width: int) -> jax.Array:
     return u_D / jnp.linalg.norm(u_D)
 
 
-def width(model, params, blocks: int) -> int:
+def width(model: Model, params: Params, blocks: int) -> int:
     """Return D."""
     one = {"tokens": jnp.zeros((1, 1), jnp.int32), "length": jnp.ones(1, jnp.int32)}
     return jax.eval_shape(lambda params: model.stream(params, one, blocks), params).shape[-1]
 
 
-def first_blocks(params, blocks: int):
+def first_blocks(params: Params, blocks: int) -> Params:
     """Leave out the blocks that are not computed."""
     return {**params, "blocks": jax.tree.map(lambda x: x[:blocks], params["blocks"])}
 
 
 @functools.cache
-def rmu(model, blocks: int, positions: str, retain_loss: str):
+def rmu(model: Model, blocks: int, positions: str, retain_loss: str) -> Objective:
     """Squared distance to `target` on the first stream, the retain loss on the second, times factor_B."""
 
     def distance(h_BTD, target, batch):

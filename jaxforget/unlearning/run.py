@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jaxforget.data.sampling import order
 from jaxforget.data.tokens import Examples
 from jaxforget.metrics.language import language_metrics, token_scores
+from jaxforget.models import Model, Params
 from jaxforget.models.layers import merge
 from jaxforget.training.batches import Batches
 from jaxforget.training.gradients import mean_gradient
+from jaxforget.training.loop import Outcome
 from jaxforget.training.optimizer import TrainConfig, adamw
 from jaxforget.training.stage import train_stage
-from jaxforget.training.step import Step, Trainable, make_step
+from jaxforget.training.step import Parts, Step, Trainable, make_step
 from jaxforget.unlearning.recipe import Method, Recipe, Setting, moves, optimized
 
 
@@ -53,12 +55,12 @@ def unlearn(
     batches = Batches(recipe.streams, config.epochs, setting.seed)
     last: dict[str, float] = {}
 
-    def evaluate(step: int, parts) -> bool:
+    def evaluate(step: int, parts: Parts) -> bool:
         last.update(watched_losses(model, merge(parts["model"]), watched))
         curve(step, dict(last))
         return target is not None and last["forget_nll"] >= target
 
-    def describe(outcome, params) -> dict[str, Any]:
+    def describe(outcome: Outcome, params: Params) -> dict[str, Any]:
         if not last:  # killed between the last checkpoint and the saved model: the loop had nothing left to do
             last.update(watched_losses(model, params, watched))
         reference = sum(batches.tokens_until(outcome.steps, stream=i) for i in recipe.reference_streams)
@@ -81,7 +83,7 @@ def step_of(recipe: Recipe, config: TrainConfig, moving: Trainable) -> Step:
     return make_step(recipe.objective, moving, gradient, optimizer)
 
 
-def watched_losses(model, params, watched: Mapping[str, Examples]) -> dict[str, float]:
+def watched_losses(model: Model, params: Params, watched: Mapping[str, Examples]) -> dict[str, float]:
     """Return <set>_nll of every watched set, nats a token."""
     return {f"{name}_nll": language_metrics(token_scores(model, params, one))["nll"] for name, one in watched.items()}
 

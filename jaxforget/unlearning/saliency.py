@@ -7,22 +7,24 @@ given as the share of parameters above it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxforget.models import Model
 from jaxforget.models.sharding import host, place
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import next_token
 from jaxforget.training.sparse import Layout, budget, lay_out, prune, sparse_difference
-from jaxforget.training.step import Trainable
+from jaxforget.training.step import PyTree, Trainable
 from jaxforget.unlearning.recipe import Setting
 from jaxforget.unlearning.reference import stored
 
 
-def candidates(model, patterns: tuple[str, ...], density: float) -> Layout:
+def candidates(model: Model, patterns: tuple[str, ...], density: float) -> Layout:
     """Lay out the parameters that match a pattern, without patterns all, of which the share `density` may change.
 
     Raises UserError for a density that none is left by, or a pattern that matches nothing.
@@ -54,7 +56,7 @@ def salient(setting: Setting, patterns: tuple[str, ...], density: float) -> Trai
 
 
 @functools.cache
-def _adding(model, microbatch: int | None):
+def _adding(model: Model, microbatch: int | None) -> Callable[..., PyTree]:
     """Return function(total, params, batch) -> total + gradient of the summed loss."""
 
     def losses(params, batch, key):

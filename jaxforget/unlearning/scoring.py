@@ -8,6 +8,7 @@ from typing import Any
 from jaxforget.data.tokens import Examples
 from jaxforget.metrics.language import language_metrics, token_scores
 from jaxforget.metrics.membership import MIN_K, membership_aucs
+from jaxforget.models import Model, Params
 
 SETS = ("forget", "approximate", "retain", "general")
 LANGUAGE = ("nll", "perplexity", "token_perplexity", "accuracy")
@@ -16,7 +17,7 @@ METRICS = tuple(f"{name}_{metric}" for name in SETS for metric in LANGUAGE) + AU
 COST = ("seconds", "train_tokens", "tokens_per_second", "train_flops", "flops_vs_retraining", "steps")
 
 
-def score(model, params, sets: Mapping[str, Examples]) -> dict[str, Any]:
+def score(model: Model, params: Params, sets: Mapping[str, Examples]) -> dict[str, Any]:
     """Return every metric of METRICS for one model; null where its set is not given.
 
     Units: *_nll nats a token, *_accuracy percent, *_auc in [0, 1] with forget as members and approximate as
@@ -38,8 +39,8 @@ def gaps(row: Mapping[str, Any], retrained: Mapping[str, Any] | None) -> dict[st
     """
     result: dict[str, Any] = {}
     for metric in METRICS:
-        known = retrained is not None and row[metric] is not None and retrained[metric] is not None
-        result[f"{metric}_gap"] = row[metric] - retrained[metric] if known else None
+        one, other = row[metric], retrained and retrained[metric]
+        result[f"{metric}_gap"] = None if one is None or other is None else one - other
     distances = [abs(result[f"{name}_nll_gap"]) for name in SETS if result[f"{name}_nll_gap"] is not None]
     result["gap_to_retrained"] = sum(distances) / len(distances) if distances else None
     return result

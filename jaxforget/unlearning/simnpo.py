@@ -17,7 +17,7 @@ import jax
 from jaxforget import checks
 from jaxforget.training.objectives import sequence_mean, token_logp
 from jaxforget.unlearning import retain
-from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.recipe import Loss, Recipe, Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class SimNPO(retain.RetainConfig):
 
 
 @functools.cache
-def simnpo(beta: float, delta: float = 0.0, margin: float = 0.0):
+def simnpo(beta: float, delta: float = 0.0, margin: float = 0.0) -> Loss:
     """losses_B = -(2/beta) log sigmoid(beta (s_B - delta) - margin)."""
 
     def loss(parts, batch, logits_BTV):

@@ -22,7 +22,7 @@ from jaxforget.training.batches import Batches
 from jaxforget.training.ensemble import MemberBatches, Members, join_parts, member, members
 from jaxforget.training.loop import Outcome, fit
 from jaxforget.training.optimizer import TrainConfig, set_schedule
-from jaxforget.training.step import Trainable
+from jaxforget.training.step import Parts, PyTree, Trainable
 from jaxforget.unlearning.recipe import Method, Recipe, Setting
 from jaxforget.unlearning.run import step_of
 
@@ -44,15 +44,17 @@ class Swept(NamedTuple):
     prepare_forwards: int  # passes over the forget set before the first step, of a member
 
 
-def grid(method: Method, settings: Sequence[Setting], rates: Sequence[float], strengths: Sequence[float]):
+def grid(
+    method: Method, settings: Sequence[Setting], rates: Sequence[float], strengths: Sequence[float]
+) -> list[Member]:
     """Return all combinations as members, seeds innermost. A method without a retain term has one strength, 1."""
     if not getattr(method, "retain_weight", 0.0):
         strengths = (1.0,)
     return [Member(one, rate, strength) for rate in rates for strength in strengths for one in settings]
 
 
-def strengthened(method: Method, strength: float) -> Method:
-    """Multiply the weight of the retain term."""
+def strengthened(method: Any, strength: float) -> Method:
+    """Multiply the weight of the retain term, which a method has that is strengthened."""
     if strength == 1.0:
         return method
     checks.positive(strength=strength)
@@ -81,37 +83,40 @@ def sweep(
     step, *others = {step_of(recipe, config, moving) for recipe in recipes}
     if others:
         raise ValueError("the members of a sweep must share one program")
-    batches = _batches(runs, recipes, config)
+    batches_K = _batches(runs, recipes, config)
     own, parts = join_parts([{"model": one.setting.params, **recipe.parts}
                              for one, recipe in zip(runs, recipes, strict=True)])  # fmt: skip
     lifted = members(step, how, own)
     states, frozen = lifted.init([jax.random.key(one.setting.seed) for one in runs], parts)
-    rates, steps = [one.learning_rate for one in runs], [mine.steps for mine in batches.members]
+    rates, steps = [one.learning_rate for one in runs], [mine.steps for mine in batches_K]
     state = set_schedule(states, learning_rate=rates, total=steps)
     failed: list[int | None] = [None] * len(runs)
     given = loop.pop("log", lambda step, metrics: None)
 
-    def log(step: int, metrics) -> None:
+    def log(step: int, metrics: dict[str, Any]) -> None:
         for k, loss in enumerate(metrics["loss"]):
             if failed[k] is None and loss is not None and not np.isfinite(loss):
                 failed[k] = step
         given(step, metrics)
 
-    def models(parts_K) -> list[Any]:
+    def models(parts_K: Parts) -> list[Any]:
         host_K = host(parts_K["model"])
         return [host(merge(member(host_K, k))) for k in range(len(runs))]
 
-    def watch(step: int, parts_K) -> bool:
-        evaluate(step, models(parts_K))
-        return False
+    if evaluate is not None:
 
-    outcome = fit(lifted, state, frozen, batches, finite=False, log=log, evaluate=evaluate and watch, **loop)
+        def watch(step: int, parts_K: Parts) -> bool:
+            evaluate(step, models(parts_K))
+            return False
+
+        loop["evaluate"] = watch
+    outcome = fit(lifted, state, frozen, MemberBatches(tuple(batches_K)), finite=False, log=log, **loop)
     params = models(lifted.combine(frozen, outcome.state.trainable))
     notes = [_note(step, one) for step, one in zip(failed, params, strict=True)]
     return Swept(params, notes, outcome, recipes[0].prepare_forwards)
 
 
-def _batches(runs: Sequence[Member], recipes: Sequence[Recipe], config: TrainConfig) -> MemberBatches:
+def _batches(runs: Sequence[Member], recipes: Sequence[Recipe], config: TrainConfig) -> list[Batches]:
     """Give every member the batches it would have alone, of one shape."""
     wide = [same_widths([stream.examples for stream in streams])
             for streams in zip(*(recipe.streams for recipe in recipes), strict=True)]  # fmt: skip
@@ -119,11 +124,10 @@ def _batches(runs: Sequence[Member], recipes: Sequence[Recipe], config: TrainCon
         tuple(stream._replace(examples=wide[i][k]) for i, stream in enumerate(recipe.streams))
         for k, recipe in enumerate(recipes)
     ]
-    return MemberBatches(tuple(Batches(streams, config.epochs, one.setting.seed)
-                               for streams, one in zip(streams_K, runs, strict=True)))  # fmt: skip
+    return [Batches(streams, config.epochs, one.setting.seed) for streams, one in zip(streams_K, runs, strict=True)]
 
 
-def _note(step: int | None, params) -> str | None:
+def _note(step: int | None, params: PyTree) -> str | None:
     if step is not None:
         return f"the loss is not finite at step {step}"
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
 
 from jaxforget.training.batches import Stream
 from jaxforget.training.objectives import next_token
+from jaxforget.training.step import Parts, PyTree
 from jaxforget.unlearning.recipe import Recipe, Setting
 
 
@@ -34,7 +36,7 @@ class TaskVector:
 
 
 @functools.cache
-def negated(scale: float):
+def negated(scale: float) -> Callable[[Parts], PyTree]:
     """theta_0 - scale (theta - theta_0), with theta_0 in parts["reference"]."""
 
     def finish(parts):

@@ -31,10 +31,14 @@ def over_settings(points: Sequence[Mapping[str, Any]], seeds: int) -> list[dict[
     for one in points:
         groups.setdefault((one["learning_rate"], one["strength"], one["step"]), []).append(one["criterion"])
     return [
-        {"learning_rate": rate, "strength": strength, "step": step,
-         "criterion": None if None in values or len(values) < seeds else sum(values) / seeds}
+        {"learning_rate": rate, "strength": strength, "step": step, "criterion": _mean_of_all(values, seeds)}
         for (rate, strength, step), values in groups.items()
-    ]  # fmt: skip
+    ]
+
+
+def _mean_of_all(values: Sequence[float | None], seeds: int) -> float | None:
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) or len(values) < seeds else sum(known) / seeds
 
 
 def robustness(means: Sequence[Mapping[str, Any]]) -> float | None:

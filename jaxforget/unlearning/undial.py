@@ -18,9 +18,10 @@ import jax.numpy as jnp
 
 from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
+from jaxforget.models import Model
 from jaxforget.training.objectives import sequence_mean
 from jaxforget.unlearning import retain
-from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.recipe import Loss, Recipe, Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Undial(retain.RetainConfig):
 
 
 @functools.cache
-def undial(model, beta: float):
+def undial(model: Model, beta: float) -> Loss:
     """losses_B = mean over scored tokens of the cross-entropy to the lowered distribution."""
 
     def loss(parts, batch, logits_BTV):

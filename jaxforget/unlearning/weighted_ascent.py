@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxforget import checks
 from jaxforget.training.objectives import sequence_mean, token_logp
 from jaxforget.unlearning import retain
-from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.recipe import Loss, Recipe, Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class SatImp(retain.RetainConfig):
 
 
 @functools.cache
-def weighted(beta1: float, beta2: float):
+def weighted(beta1: float, beta2: float) -> Loss:
     """losses_B = mean over scored tokens of sg(p^beta1 (1 - p)^beta2) log p."""
 
     def loss(parts, batch, logits_BTV):

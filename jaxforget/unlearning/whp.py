@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxforget import checks
 from jaxforget.data.tokens import IGNORED
+from jaxforget.models import Model, Params
 from jaxforget.models.sharding import host
 from jaxforget.training.batches import Batches, Stream
 from jaxforget.training.gradients import mean_gradient
@@ -29,7 +30,7 @@ from jaxforget.training.optimizer import OptimizerConfig, adamw, set_schedule
 from jaxforget.training.step import make_step
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import retain
-from jaxforget.unlearning.recipe import Recipe, Setting
+from jaxforget.unlearning.recipe import Loss, Recipe, Setting
 from jaxforget.unlearning.reference import stored
 
 
@@ -61,7 +62,7 @@ class WHP(retain.RetainConfig):
         )  # fmt: skip
 
 
-def reinforced(setting: Setting, epochs: int, learning_rate: float):
+def reinforced(setting: Setting, epochs: int, learning_rate: float) -> Params:
     """Return the parameters of the starting model tuned on the forget set, on the host; kept on disk."""
     config = OptimizerConfig(learning_rate=learning_rate, schedule="constant", warmup=0.0)
     forget, model = setting.sets["forget"], setting.model
@@ -80,7 +81,7 @@ def reinforced(setting: Setting, epochs: int, learning_rate: float):
 
 
 @functools.cache
-def whp(model, scale: float):
+def whp(model: Model, scale: float) -> Loss:
     """losses_B = mean over scored tokens of the cross-entropy to the distribution without what reinforcement adds."""
 
     def loss(parts, batch, logits_BTV):

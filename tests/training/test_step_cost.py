@@ -75,7 +75,7 @@ def test_a_step_against_xla_s_count(method, tied, remat):
 def test_products_are_those_of_the_model():
     for tied in (True, False):
         model = tiny(tied)
-        dense = sum(2 * p.D * p.F * p.count for p in cost.products(model))
+        dense = sum(2 * p.D * p.F * p.layers for p in cost.products(model))
         N, _, H = model.config.heads
         assert dense + 2 * 4 * N * H * (LENGTH + 1) / 2 == model.flops_per_token(LENGTH)
 

@@ -25,7 +25,7 @@ from jaxforget.metrics.bias.measures import (
     term_counts,
     term_scores,
 )
-from jaxforget.metrics.bias.scoring import causal_scores, masked_scores, start_id
+from jaxforget.metrics.bias.scoring import Scores, causal_scores, masked_scores, start_id
 from jaxforget.metrics.language import token_scores
 
 # How a head scores the sentences of a pair. mean and sum: of log p over tokens, the first is StereoSet's score.
@@ -103,8 +103,9 @@ def pairs(
     script of CrowS-Pairs does. names: which of PAIR_MEASURES; all when not given.
     """
     group_N, anti_N = np.asarray([pair.group for pair in items]), np.asarray([pair.antistereo for pair in items])
-    parts = {str(group): (group_N == group, share) for group in sorted(set(group_N))}
-    parts = parts if len(parts) > 1 else {}
+    parts: dict[str | None, tuple[np.ndarray, Callable]] = {None: (np.ones(len(items), bool), share)}
+    if len(set(group_N)) > 1:
+        parts |= {str(group): (group_N == group, share) for group in sorted(set(group_N))}
     if anti_N.any():
         parts |= {"stereo": (~anti_N, decided_share), "antistereo": (anti_N, decided_share)}
     scored = [_pair_scores(subject, items) for subject in subjects]
@@ -113,7 +114,7 @@ def pairs(
         fits_N = np.logical_and.reduce([scores[name][2] for scores in scored])
         _require(fits_N, f"{benchmark} {name}")
         wins = [preference(*scores[name][:2]) for scores in scored]
-        for part, (chosen_N, statistic) in {None: (np.ones(len(items), bool), share), **parts}.items():
+        for part, (chosen_N, statistic) in parts.items():
             kept_N = chosen_N & fits_N
             if kept_N.any():
                 about = {"items": int(kept_N.sum()), "left_out": int((chosen_N & ~fits_N).sum()),
@@ -177,7 +178,7 @@ def generation(
     ], written  # fmt: skip
 
 
-def _causal(subject: Subject, sentences: Sequence[tuple[str, str]]):
+def _causal(subject: Subject, sentences: Sequence[tuple[str, str]]) -> Scores:
     start = start_id(subject.tokenizer, subject.name)
     return causal_scores(subject.model, subject.params, subject.tokenizer, sentences, start=start,
                          always=subject.always_start)  # fmt: skip

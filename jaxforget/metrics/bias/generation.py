@@ -17,14 +17,14 @@ from jaxforget.data.tokens import check_vocabulary, load_tokenizer, pad_id_of
 from jaxforget.errors import UserError
 from jaxforget.metrics.bias.scoring import AT_ONCE, width_of
 from jaxforget.metrics.classification import class_logp
-from jaxforget.models import hub
+from jaxforget.models import Model, Params, hub
 from jaxforget.models.generate import generate
 from jaxforget.models.sharding import host
 
 Scorer = Callable[[Sequence[str]], np.ndarray]
 
 
-def encode_prompts(model, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+def encode_prompts(model: Model, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
     """Encode prompts as the tokenizer does by default, without an EOS at the end.
 
     Raises UserError for one that leaves no room for max_new_tokens.
@@ -40,9 +40,17 @@ def encode_prompts(model, tokenizer: Any, prompts: Sequence[str], max_new_tokens
 
 
 def continuations(
-    model, params, tokenizer: Any, prompts: Sequence[str], *, samples: int, max_new_tokens: int, temperature: float,
-    top_p: float, seed: int,
-) -> list[list[str]]:  # fmt: skip
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[list[str]]:
     """Continue every prompt `samples` times; what is drawn depends on seed, prompt and number of the sample alone."""
     eos, room = tokenizer.eos_token_id, model.max_length - max_new_tokens
     rows = encode_prompts(model, tokenizer, prompts, max_new_tokens)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxforget.data.tokens import IGNORED, Examples, pad_id_of
 from jaxforget.errors import UserError
 from jaxforget.metrics.language import token_scores
+from jaxforget.models import Model, Params
 
 SHORTEST = 32  # width of the narrowest rows
 AT_ONCE = 2**26  # logits of a batch
@@ -52,7 +53,13 @@ def start_id(tokenizer: Any, name: str) -> int:
 
 
 def causal_scores(
-    model, params, tokenizer: Any, sentences: Sequence[tuple[str, str]], *, start: int, always: bool = False
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    sentences: Sequence[tuple[str, str]],
+    *,
+    start: int,
+    always: bool = False,
 ) -> Scores:
     """Score sentences, given as (context, sentence): log p(sentence | context), the context may be empty.
 
@@ -64,15 +71,15 @@ def causal_scores(
     place = {sentence: index for index, sentence in enumerate(unique)}
     whole = _encode(tokenizer, [f"{context} {text}" if context else text for context, text in unique])
     context = _encode(tokenizer, [context for context, _ in unique])
-    prefix, rows, first = [start] * always, [], []
+    prefix, rows, first_S = [start] * always, [], []
     for tokens, given in zip(whole, context, strict=True):
         shared = next((n for n, (a, b) in enumerate(zip(tokens, given)) if a != b), min(len(tokens), len(given)))
         begin = max(shared, 1 - always)  # without a start token nothing predicts the first
         at = begin + always - 1
         rows.append(Row(prefix + tokens, dict(enumerate(tokens[begin:], at))))
-        first.append(tokens[0] if tokens and shared == 0 and not always else IGNORED)
+        first_S.append(tokens[0] if tokens and shared == 0 and not always else IGNORED)
     sums, counts = _score(model, params, rows, pad_id_of(tokenizer))
-    first = np.asarray(first)
+    first = np.asarray(first_S)
     fits = np.asarray([0 < len(row.tokens) <= model.max_length for row in rows])
     alone = fits & (first != IGNORED)
     start_V = _after(model, params, start)
@@ -81,7 +88,9 @@ def causal_scores(
     return Scores(sums[index], counts[index])
 
 
-def masked_scores(model, params, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, changed: bool) -> Scores:
+def masked_scores(
+    model: Model, params: Params, tokenizer: Any, pairs: Sequence[tuple[str, str]], *, changed: bool
+) -> Scores:
     """Score both sentences of pairs by log p(token | the rest, that token masked); first sentences, then second ones.
 
     changed: False scores the tokens both have in common, without the first and the last of them, which are special
@@ -91,7 +100,8 @@ def masked_scores(model, params, tokenizer: Any, pairs: Sequence[tuple[str, str]
     unique = list(dict.fromkeys(pairs))
     place = {pair: index for index, pair in enumerate(unique)}
     sides = [tokenizer([pair[side] for pair in unique], return_attention_mask=False, verbose=False) for side in (0, 1)]
-    rows, owner = {}, []  # equal rows are scored once
+    rows: dict[tuple, tuple[int, Row]] = {}  # equal rows are scored once
+    owner = []
     for index, ids in enumerate(zip(*(side["input_ids"] for side in sides), strict=True)):
         chosen = masked_positions(*ids, changed=changed)
         if not all(chosen) or max(map(len, ids)) > model.max_length:
@@ -108,9 +118,9 @@ def masked_scores(model, params, tokenizer: Any, pairs: Sequence[tuple[str, str]
     for sentence, number in owner:
         sums[sentence] += logp[number]
         counts[sentence] += 1
-    index = np.asarray([place[pair] for pair in pairs])
-    index = np.concatenate([index, index + len(unique)])
-    return Scores(sums[index], counts[index])
+    first = np.asarray([place[pair] for pair in pairs])
+    both = np.concatenate([first, first + len(unique)])
+    return Scores(sums[both], counts[both])
 
 
 def masked_positions(one: Sequence[int], other: Sequence[int], *, changed: bool) -> tuple[list[int], list[int]]:
@@ -138,7 +148,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     )["input_ids"]
 
 
-def _score(model, params, rows: Sequence[Row], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+def _score(model: Model, params: Params, rows: Sequence[Row], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum of log p of a row's labels and their number; rows beyond the model's context have 0 of both."""
     sums, counts = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     widths: dict[int, list[int]] = {}
@@ -152,10 +162,11 @@ def _score(model, params, rows: Sequence[Row], pad_id: int) -> tuple[np.ndarray,
         if rows[members[0]].segments is not None:
             columns["segments"] = np.zeros((len(members), T), np.int32)
         for m, n in enumerate(members):
+            segments = rows[n].segments
             tokens[m, : len(rows[n].tokens)] = rows[n].tokens
             labels[m, list(rows[n].labels)] = list(rows[n].labels.values())
-            if "segments" in columns:
-                columns["segments"][m, : len(rows[n].tokens)] = rows[n].segments
+            if segments is not None:
+                columns["segments"][m, : len(rows[n].tokens)] = segments
         batch = max(1, min(64, AT_ONCE // (T * model.vocab_size)))
         found = token_scores(model, params, Examples(tuple(map(str, members)), columns, pad_id), batch)
         sums[members] = found.logp_NT.sum(axis=1, dtype=np.float64)
@@ -168,6 +179,6 @@ def _first(model):
     return jax.jit(lambda params, tokens_BT: jax.nn.log_softmax(model.logits(params, tokens_BT)[0, 0]))
 
 
-def _after(model, params, start: int) -> np.ndarray:
+def _after(model: Model, params: Params, start: int) -> np.ndarray:
     """Return log p of every token after the start token alone, (V,)."""
     return np.asarray(_first(model)(jax.tree.map(jnp.asarray, params), np.asarray([[start]], np.int32)), np.float64)
