@@ -183,9 +183,9 @@ def run(config: Config) -> None:
     finish(config, out, cells)
 
 
-def load(config: Config) -> dict[str, list]:
+def load(config: Config) -> dict[str, Any]:
     """Read or generate train, test, probe, stereoset and crows_pairs."""
-    sets = generate(config.stereotyped)
+    sets: dict[str, Any] = {**generate(config.stereotyped)}
     if config.test:
         sets |= {"train": read(config.corpus, config.text), "test": read(config.test, config.text)}
     for name, reader, field in (("stereoset", read_stereoset, "domain"), ("crows_pairs", read_crows_pairs, "group")):
@@ -202,7 +202,7 @@ def tokens(records: list[Record], start: Start, text: TextConfig, where: str):
     return encode(records, start.tokenizer, text, context=start.model.max_length, where=where, tell=command.say)
 
 
-def measured(config: Config, start: Start, data: dict[str, list], params, seed: int) -> dict[str, Any]:
+def measured(config: Config, start: Start, data: dict[str, Any], params, seed: int) -> dict[str, Any]:
     """Measure one model: utility, and every bias measure with its bootstrap interval over items."""
     subject = Subject("model", start.model, params, start.tokenizer, config.start_token == "always")
     found = probes.measures(subject, data["probe"], max_new_tokens=config.max_new_tokens, seed=seed)
@@ -229,13 +229,14 @@ def private_runs(config: Config, start: Start, records: list[Record], cda: str) 
     command.say(f"CDA {cda}: {len(found.records)} texts, {found.matched} records with a counterfactual")
     examples = tokens(found.records, start, config.text, "training text")
     examples = with_units(examples, {record.id for record in found.records}, found.unit_of)
-    levels = [dict(noise=0.0, clip=NO_BOUND), *(dict(epsilon=epsilon) for epsilon in sorted(config.epsilons))]
+    levels = [dataclasses.replace(config.dp, noise=0.0, clip=NO_BOUND)]
+    levels += [dataclasses.replace(config.dp, epsilon=epsilon) for epsilon in sorted(config.epsilons)]
     unit = "record and its counterfactual" if cda == "on" else "record"
-    private = [dataclasses.replace(config.dp, **level) for level in levels for _ in range(config.seeds)]
+    private = [level for level in levels for _ in range(config.seeds)]
     return [private_run(one, config.train, examples, 1 + n, unit) for n, one in enumerate(private)]
 
 
-def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: str) -> dict[str, Any]:
+def trained(config: Config, out: Run, start: Start, data: dict[str, Any], cda: str) -> dict[str, Any]:
     """Train all privacy levels and seeds in one program and measure every member."""
     texts = probes.by_gender(data["probe"], config.gradient_probes).values()  # in the order of GENDERS
     groups = dict(zip(GENDERS, same_widths([tokens(some, start, TextConfig(), "probes") for some in texts])))
@@ -244,7 +245,10 @@ def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: 
     steps, rates = runs[0].batches.steps, [config.train.learning_rate] * len(runs)
     objective, parts = next_token(start.model), {"model": start.params(0)}
     step, states, frozen, batches = private_members(runs, rates, objective, everything(), parts, config.dp.estimator)
-    result, gradients, first, last = [[] for _ in range(config.seeds)], [[] for _ in range(config.seeds)], {}, {}
+    result: list[list] = [[] for _ in range(config.seeds)]
+    gradients: list[list] = [[] for _ in range(config.seeds)]
+    first: dict[Any, Any] = {}
+    last: dict[Any, Any] = {}
     rows = config.train.microbatch_of(config.train.batch_size) or config.train.batch_size
 
     def look(done: int, parts_K) -> bool:
@@ -280,7 +284,7 @@ def trained(config: Config, out: Run, start: Start, data: dict[str, list], cda: 
 
 def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
     """Write results.json and the page."""
-    runs, seen = ([sum((cell[part][seed] for cell in cells.values()), []) for seed in range(config.seeds)]
+    runs, seen = ([[row for cell in cells.values() for row in cell[part][seed]] for seed in range(config.seeds)]
                   for part in ("runs", "gradients"))  # fmt: skip
     of_items = ("_low", "_high")  # intervals of single models, which by_seed keeps
     rows = over_seeds([[{f: v for f, v in row.items() if not f.endswith(of_items)} for row in rows] for rows in runs])
@@ -288,7 +292,7 @@ def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
     measures = [field for field in rows[-1] if not field.endswith("_ci95")]
     extra = [field for field in measures if re.match("stereoset|crows", field)]
     verdicts = [judged(claim, runs) for claim in claims(config, measures)]
-    promises, said = sum((cell["privacy"] for cell in cells.values()), []), statement(verdicts)
+    promises, said = [row for cell in cells.values() for row in cell["privacy"]], statement(verdicts)
     document = out.finish(rows, claims=verdicts, statement=said, gradients=gradients, privacy=promises, by_seed=runs)
     none, *private = level_names(config)
     found = {row["name"]: row for row in rows}

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from jaxforget import command
+from jaxforget import checks, command
 from jaxforget.data.sampling import hash64, id_keys
 from jaxforget.data.sources import Record
 from jaxforget.data.text import TextConfig, encode, read
@@ -112,9 +112,8 @@ FIELDS = {
 
 def run(config: Config) -> None:
     """Choose rates with the first seed, train the others, then score the test data."""
-    for name in ("model", "data", "test"):
-        if not getattr(config, name):
-            raise UserError(f"--{name} is missing")
+    checks.given("--model", config.model)
+    data, test = checks.given("--data", config.data), checks.given("--test", config.test)
     if config.dp.private or config.dp.clip != PrivacyConfig().clip or config.text.text_mode != "truncate":
         raise UserError("--dp.epsilon, noise and clip and --text-mode split or pack are no settings here; see "
                         "--epsilons and --clips")  # fmt: skip
@@ -122,7 +121,7 @@ def run(config: Config) -> None:
         if not getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} is empty; give one or more")
     command.at_least(1, seeds=config.seeds, prompts=config.prompts, max_new_tokens=config.max_new_tokens)
-    out, records = Run("benchmarks.dp_utility", config, config.out, config.resume), load(config)
+    out, records = Run("benchmarks.dp_utility", config, config.out, config.resume), load(config, data, test)
     labels = ()
     if config.task == "classification":
         labels = tuple(sorted({record.fields["label"] for record in records["train"]}))
@@ -154,12 +153,12 @@ def run(config: Config) -> None:
     finish(config, out, start, sets, records, tried=found, chosen=[*best.values(), *others])
 
 
-def load(config: Config) -> dict[str, list[Record]]:
+def load(config: Config, data: str, test: str) -> dict[str, list[Record]]:
     """Read train, validation and test; records with the same question or text stay on one side."""
     text = config.text
     if config.task == "classification" and text.label_field is None:
         text = dataclasses.replace(text, label_field="label")
-    sets = {"train": read(config.data, text)}
+    sets = {"train": read(data, text)}
     if config.validation:
         sets["validation"] = read(config.validation, text)
     else:
@@ -169,7 +168,7 @@ def load(config: Config) -> dict[str, list[Record]]:
                 (("train", False), ("validation", True))}  # fmt: skip
         if not all(sets.values()):
             raise UserError("--data is too small to hold out a tenth; give --validation")
-    return sets | {"test": read(config.test, text)}
+    return sets | {"test": read(test, text)}
 
 
 class Member(NamedTuple):
@@ -233,7 +232,7 @@ def written(config: Config, start: Start, params, records: Sequence[Record]) -> 
     """Answer the first questions greedily: corpus BLEU and chrF against all answers that each has, in percent."""
     answers: dict[str, list[str]] = {}
     for record in records:
-        answers.setdefault(record.prompt, []).append(record.text)
+        answers.setdefault(record.question, []).append(record.text)
     asked = list(answers)[: config.prompts]
     try:
         import sacrebleu

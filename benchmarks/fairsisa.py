@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +33,7 @@ from jaxforget.fairness.groups import groups_of
 from jaxforget.fairness.odds import equalized_odds, program
 from jaxforget.fairness.statistics import cell_counts, resample_counts
 from jaxforget.fairness.study import Votes, compare
-from jaxforget.files import write_atomic
+from jaxforget.files import save_arrays, write_atomic
 from jaxforget.metrics.classification import class_logp
 from jaxforget.report.page import figure, plots, table, write_page
 from jaxforget.report.run import Run
@@ -133,20 +132,23 @@ def run(config: Config) -> None:
         groups_of(sets["test"], spec, names, where=config.test)
     out.begin()
     rows: list[dict[str, Any]] = []
-    for family in (config.model,) if config.model else config.families:
-        votes = vote(config, out, family, sets, labels)
+    sizes = {name: dataclasses.replace(config.size, family=name) for name in config.families}
+    for family, size in ({config.model: config.size} if config.model else sizes).items():
+        votes = vote(config, out, family, size, sets, labels)
         for (shards, share), voted in votes.items():
             for spec in config.groups:
                 rows += compared(config, family, shards, share, spec, sets, labels, voted)
     finish(config, out, rows)
 
 
-def vote(config: Config, out: Run, family: str, sets: dict[str, list[Record]], labels) -> dict:
+def vote(
+    config: Config, out: Run, family: str, size: SizeConfig, sets: dict[str, list[Record]], labels: tuple[str, ...]
+) -> dict:
     """Return (shards, share) -> set -> votes (seeds, N, K) of the members; what was computed before is read back."""
     texts = [record for source in config.tokenizer_data for record in read(source, TextConfig())]
     start = start_from(
         config.model, tokenizer_name=None, compute=config.compute, head="classification", labels=labels,
-        size=dataclasses.replace(config.size, family=None if config.model else family), tell=command.say,
+        size=size, tell=command.say,
         texts=tokenizer_texts(texts, config.text) if texts else fictional.tokenizer_texts(),
     )  # fmt: skip
     examples = {
@@ -169,9 +171,7 @@ def vote(config: Config, out: Run, family: str, sets: dict[str, list[Record]], l
                     for name in ("fit", "test")
                 }
                 file.parent.mkdir(exist_ok=True)
-                temporary = file.with_suffix(".tmp.npz")
-                np.savez_compressed(temporary, **logp)
-                shutil.move(temporary, file)
+                save_arrays(file, **logp)
             saved = np.load(file)
             # (seeds * shards, N, C) -> hard labels (seeds, N, shards)
             result[shards, share] = {
@@ -217,12 +217,12 @@ def attribute(spec: str) -> str:
 
 def compared(config: Config, family, shards, share, spec, sets, labels, voted) -> list[dict[str, Any]]:
     """Fit and score every method on the votes of every seed; means over seeds."""
-    group_N, names = {}, None
-    for name in ("fit", "test"):
-        group_N[name], names = groups_of(sets[name], spec, names, where=name)
+    group_N = {}
+    group_N["fit"], names = groups_of(sets["fit"], spec, where="fit")
+    group_N["test"], _ = groups_of(sets["test"], spec, names, where="test")
     runs = []
     for seed in range(config.seeds):
-        both = [
+        fitted, tested = (
             Votes(
                 voted[name][seed],
                 np.asarray([str(record.fields["label"]) == labels[1] for record in sets[name]], np.int32),
@@ -230,9 +230,9 @@ def compared(config: Config, family, shards, share, spec, sets, labels, voted) -
                 id_keys([record.id for record in sets[name]]),
             )
             for name in ("fit", "test")
-        ]
-        found = compare(*both, names, methods=config.methods, epsilons=config.epsilon, resamples=config.resamples,
-                        seed=seed)  # fmt: skip
+        )
+        found = compare(fitted, tested, names, methods=config.methods, epsilons=config.epsilon,
+                        resamples=config.resamples, seed=seed)  # fmt: skip
         runs.append([
             {n: v for n, v in row.items() if not isinstance(v, (list, dict))}
             | {"gap_lower": float(row["test_eo_max_change_high"] < 0),  # by more than resampling explains

@@ -150,7 +150,7 @@ def run(config: Config) -> None:
 
 def read_model(name: str, config: Config) -> Model:
     """Return the model of a name in CONFIGS or of a config.json file. Raises UserError for another."""
-    raw = CONFIGS.get(name)
+    raw: Any = CONFIGS.get(name)
     if raw is None:
         try:
             raw = json.loads(Path(name).read_text(encoding="utf-8"))
@@ -209,7 +209,7 @@ def program(config: Config, model: Model, method: str, rows: int) -> Program:
     parts, shapes = {"model": model.shapes()}, model.shapes()
     objective, mean = next_token(model), mean_gradient(None)
     if how.private:
-        gradient = private_gradient(Clipping(method.removeprefix("dp_")), float(rows))
+        gradient = private_gradient(Clipping(how.private), float(rows))
         noisy = optax.chain(gaussian_noise(), adamw(OptimizerConfig(max_grad_norm=0.0)))
         return Program(make_step(objective, everything(), gradient, noisy), parts, {})
     if how.moves == "adapters":

@@ -124,8 +124,8 @@ def run(config: Config) -> None:
     command.at_least(1, seeds=config.seeds, workers=config.workers, task_epochs=config.task_epochs)
     if wrong := [d for d in config.densities if not 0 < d <= 1]:
         raise UserError(f"--densities has {wrong[0]}; it must be above 0 and at most 1")
-    if wrong := [regime for regime in config.regimes if regime not in ("post", "par")]:
-        raise UserError(f"unknown regime {wrong[0]!r}; valid names are post, par")
+    if unknown := [regime for regime in config.regimes if regime not in ("post", "par")]:
+        raise UserError(f"unknown regime {unknown[0]!r}; valid names are post, par")
     out = Run("benchmarks.modular_debiasing", config, config.out, config.resume)
     datasets = read_datasets(config)
     out.begin()
@@ -144,7 +144,7 @@ def run(config: Config) -> None:
     for first in (True, False):  # what others start from comes first
         todo = [one for one in work if (one[0] is core_cell) == first]
         with ThreadPoolExecutor(config.workers) as pool:
-            list(pool.map(lambda one: time.monotonic() < until and cell(config, out.directory, *one), todo))
+            list(pool.map(lambda one: cell(config, out.directory, *one) if time.monotonic() < until else None, todo))
     missing = [one for one in work if not cell_file(out.directory, one[1].name, *one[2:]).exists()]
     if missing:
         command.say(f"{len(missing)} of {len(work)} cells are left; go on with --resume --out {out.directory}")
@@ -254,7 +254,8 @@ def modules_cell(config: Config, directory: Path, data: Dataset, seeds, part, te
         for how in members
     ]
     gated = train_gated(model, them, settings, config.gates, config.removal)
-    layout, result = layout_of(model, settings.differs), [[] for _ in seeds]
+    layout = layout_of(model, settings.differs)
+    result: list[list[dict]] = [[] for _ in seeds]
     for density in config.densities:
         fixed = train_fixed(model, them, gated, density, settings, config.removal)
         for place, (testbed, seed) in enumerate(zip(testbeds, seeds, strict=True)):

@@ -9,6 +9,7 @@ weights again for every row. All ways are timed in turns in one process; the med
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import tempfile
 import time
@@ -30,7 +31,7 @@ from jaxforget.models.model import build
 from jaxforget.report.page import cell, table, write_page
 from jaxforget.report.run import Run
 
-SETS = ((), ("age",), ("gender",), ("age", "gender"))
+SETS: tuple[tuple[str, ...], ...] = ((), ("age",), ("gender",), ("age", "gender"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,8 +146,8 @@ def mixed(config: Config) -> list[dict[str, Any]]:
         "merging for every row": (merging, None, config.batch / 4),
     }
     for rows, server in servers.items():
-        ways[f"mixed evenly, buckets of {rows}"] = (lambda server=server: server.mixed(batch, even), even, 1.0)
-        ways[f"mixed at random, buckets of {rows}"] = (lambda server=server: server.mixed(batch, drawn), drawn, 1.0)
+        ways[f"mixed evenly, buckets of {rows}"] = (functools.partial(server.mixed, batch, even), even, 1.0)
+        ways[f"mixed at random, buckets of {rows}"] = (functools.partial(server.mixed, batch, drawn), drawn, 1.0)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     differences: dict[str, float | None] = {}
     for name, (function, mix, _) in ways.items():  # compile, and compare
@@ -172,9 +173,9 @@ def base_files(config: Config) -> list[dict[str, Any]]:
     module = module_of(model, params, config.density, 0)
     timed: dict[str, list[float]] = {}
 
-    def clock(name: str, function: Callable[[], Any]):
+    def clock(name: str, function: Callable[..., Any], *args: Any) -> Any:
         began = time.perf_counter()
-        result = function()
+        result = function(*args)
         timed.setdefault(name, []).append(time.perf_counter() - began)
         return result
 
@@ -182,11 +183,11 @@ def base_files(config: Config) -> list[dict[str, Any]]:
         files = {dtype: Path(scratch) / f"{dtype}.safetensors" for dtype in DTYPES}
         for dtype, file in files.items():
             for _ in range(3):
-                clock(f"save, {dtype}", lambda file=file, dtype=dtype: save_module(file, module, dtype))
-                loaded = clock(f"load, {dtype}", lambda file=file: load_module(file))
-                clock(f"merge, {dtype}", lambda loaded=loaded: merged(params, {"a": loaded}))
-                clock(f"load and merge, {dtype}", lambda file=file: merged(params, {"a": load_module(file)}))
-        clock("digest of the base, once a process", lambda: digest(params))
+                clock(f"save, {dtype}", save_module, file, module, dtype)
+                loaded = clock(f"load, {dtype}", load_module, file)
+                clock(f"merge, {dtype}", merged, params, {"a": loaded})
+                clock(f"load and merge, {dtype}", lambda file: merged(params, {"a": load_module(file)}), file)
+        clock("digest of the base, once a process", digest, params)
         sizes = {dtype: file.stat().st_size / 1e6 for dtype, file in files.items()}
     return [
         {"name": f"BERT-base shape, {layout_of(model).size / 1e6:.1f} M: {name}",

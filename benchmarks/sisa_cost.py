@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from jaxforget import command
+from jaxforget import checks, command
 from jaxforget.data.sampling import id_keys, order
 from jaxforget.data.text import TextConfig, read
 from jaxforget.errors import UserError
@@ -103,7 +103,8 @@ def run(config: Config) -> None:
             uniform(ids, shards, slices, 0)
             epoch_schedule(config.train.epochs, slices)
     out.begin()
-    rows, sections = [], []
+    rows: list[dict] = []
+    sections: list[tuple[str, str, str]] = []
     for part in config.parts:
         more, section = {"cost": cost, "accuracy": accuracy, "speed": speed}[part](config, out, ids)
         rows, sections = [*rows, *more], [*sections, section]
@@ -269,7 +270,7 @@ def cell(config: Config, out: Run, shards: int, slices: int, seed: int, ids: lis
         serve(ensemble)
         row: dict[str, Any] = {"name": f"S={shards} R={slices}", "part": "accuracy", "shards": shards,
                                "slices": slices, "train_seconds": time.perf_counter() - began}  # fmt: skip
-        examples = ensemble.encode(read(config.evaluate, ensemble.recipe.text))
+        examples = ensemble.encode(read(checks.given("--evaluate", config.evaluate), ensemble.recipe.text))
         row |= qualities(score(ensemble, "test", examples))
         if seed == 0:
             row |= deletions(config, ensemble, ids, examples)
@@ -281,7 +282,8 @@ def cell(config: Config, out: Run, shards: int, slices: int, seed: int, ids: lis
 
 def deletions(config: Config, ensemble: Ensemble, ids: list[str], examples) -> dict[str, Any]:
     """Serve a request for one record and a larger one, then check everything against training from scratch."""
-    N, recipe, row = len(ids), ensemble.recipe, {}
+    N, recipe = len(ids), ensemble.recipe
+    row: dict[str, Any] = {}
     drawn = [ids[n] for n in order(id_keys(ids), 0, -2)]
     many = max(1, round(config.share * N))
     for what, wanted in (("one", drawn[:1]), ("many", drawn[1 : 1 + many])):
@@ -320,13 +322,14 @@ def qualities(rows: list[dict]) -> dict[str, float | None]:
 def speed(config: Config, out: Run, ids: list[str]) -> tuple[list[dict], tuple[str, str, str]]:
     """Time training all shards: in one program, mapped or vmapped, and in one program a shard; and one shard alone."""
     shards = config.speed_shards
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "one program, map": {"members": "map", "width": shards},
         "one program, vmap": {"members": "vmap", "width": shards},
         "one program a shard": {"members": "map", "width": 1},
     }
     with opened(config, out.directory / "ensembles" / "speed", shards, 1, 0) as ensemble:
-        recipe, seconds = ensemble.recipe, {way: [] for way in ways}
+        recipe = ensemble.recipe
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(config.repeats + 1):  # the first compiles
             for way, settings in ways.items():
                 ensemble.recipe = dataclasses.replace(recipe, **settings)

@@ -38,10 +38,11 @@ from jaxforget.errors import UserError
 from jaxforget.files import write_atomic
 from jaxforget.influence import METHODS, Question
 from jaxforget.influence.comparison import ceilings, compare
+from jaxforget.influence.question import Method
 from jaxforget.influence.scores import Scores, heat_map, load, measure, peak_memory, save, scatter
 from jaxforget.influence.study import Study
 from jaxforget.influence.truth import Truth, TruthConfig, load_truth, retrain
-from jaxforget.influence.untrac import UnTrac, UnTracInv, answers
+from jaxforget.influence.untrac import Optimizer, UnTrac, UnTracInv, answers
 from jaxforget.report.page import cell, figure, plots, table, write_page
 from jaxforget.report.run import Run
 from jaxforget.report.statistics import over_seeds
@@ -79,7 +80,7 @@ class Config:
     """Learning rates of UnTrac, members of one program."""
     inverse_rates: tuple[float, ...] = (5e-5, 5e-4)
     """Learning rates of UnTrac-Inv, members of one program."""
-    optimizers: tuple[str, ...] = ("adam",)
+    optimizers: tuple[Optimizer, ...] = ("adam",)
     """Optimisers of both."""
     model: str | None = None
     """Model to train on the domains, as a Hugging Face directory or hub name. Not given: from scratch, see --size.*"""
@@ -171,26 +172,26 @@ def parts_of(config: Config) -> Iterator[Part]:
     """Read and tokenise the parts asked for."""
     if "skills" in config.parts:
         for corpus in skills.CORPORA:
-            train, test = skills.generate(corpus)
-            texts = [text for sets in (train, test) for records in sets.values()
+            read = skills.generate(corpus)
+            texts = [text for part in read for records in part.values()
                      for text in tokenizer_texts(records, TextConfig())]  # fmt: skip
             size = dataclasses.replace(config.size, vocab_size=512)
             start = start_from(None, tokenizer_name=None, size=size, compute=config.compute, texts=texts)
-            sets = ({name: tokens(one, start, TextConfig()) for name, one in part.items()} for part in (train, test))
+            train, test = ({name: tokens(one, start, TextConfig()) for name, one in part.items()} for part in read)
             retraining = dataclasses.replace(config.retrain, subsets=0)
-            yield Part(f"skills {corpus}", Study(start, *sets), config.skills_training, retraining, every=16)
-    if not set(config.parts) - {"skills"}:
+            yield Part(f"skills {corpus}", Study(start, train, test), config.skills_training, retraining, every=16)
+    if config.data is None or not set(config.parts) - {"skills"}:
         return
-    read = {domain: documents(config, domain) for domain in DOMAINS}
-    texts = [record.text for train, _ in read.values() for record in train[:200]]
+    drawn = {domain: documents(config, config.data, domain) for domain in DOMAINS}
+    texts = [record.text for records, _ in drawn.values() for record in records[:200]]
     start = start_from(config.model, tokenizer_name=None, size=config.size, compute=config.compute, texts=texts,
                        tell=command.say)  # fmt: skip
     if config.scratch:
         model = start.model
         start = start._replace(params=lambda seed: jax.tree.map(np.asarray, model.init(jax.random.key(seed))))
     pack = TextConfig(text_mode="pack", max_length=config.length)
-    blocks = {name: tokens(train, start, pack) for name, (train, _) in read.items()}
-    held = {name: tokens(rest, start, pack) for name, (_, rest) in read.items()}
+    blocks = {name: tokens(records, start, pack) for name, (records, _) in drawn.items()}
+    held = {name: tokens(rest, start, pack) for name, (_, rest) in drawn.items()}
     held = {f"text {name}": one.take(np.arange(min(config.query_rows, len(one)))) for name, one in held.items()}
     said = {
         f"{source} {name}": tokens(records[: config.query_rows], start, TextConfig())
@@ -216,9 +217,9 @@ def parts_of(config: Config) -> Iterator[Part]:
         yield Part("many", Study(start, train, held), config.training, retraining)
 
 
-def documents(config: Config, domain: str) -> tuple[list[Record], list[Record]]:
+def documents(config: Config, data: Path, domain: str) -> tuple[list[Record], list[Record]]:
     """Give training and held-out documents of a domain, drawn by id, no more than are needed."""
-    records = read_records(config.data / "corpora" / f"{domain}.jsonl.gz", text_field="text", id_field="id")
+    records = read_records(data / "corpora" / f"{domain}.jsonl.gz", text_field="text", id_field="id")
     drawn = [records[i] for i in order(id_keys([record.id for record in records]), 0, 0)]
     most = max(config.sequences * max(SHARES) * len(DOMAINS) // sum(SHARES), config.splits * config.split_sequences)
     held, rest = drawn[: len(drawn) // 5], drawn[len(drawn) // 5 :]
@@ -304,10 +305,11 @@ def speed_cell(config: Config, directory: Path, parts: list[Part]) -> list[dict[
     whole = next(part for part in parts if part.name == "domains equal").study
     few = {name: one.take(np.arange(min(config.speed_sequences, len(one)))) for name, one in whole.train.items()}
     study, rows, runs = whole._replace(train=few), [], len(few) + 1
-    for name, settings in {
+    ways: dict[str, dict[str, Any]] = {
         "retraining: one program, mapped": {"members": "map"}, "retraining: one program, vmapped": {"members": "vmap"},
         "retraining: one run after another": {"width": 1},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, settings in ways.items():
         retraining = dataclasses.replace(config.retrain, seeds=1, subsets=0, **settings)
         started = time.perf_counter()
         place = directory / "speed" / name.partition(", ")[2] / str(settings.get("width", 0))
@@ -316,7 +318,8 @@ def speed_cell(config: Config, directory: Path, parts: list[Part]) -> list[dict[
         rows.append({"name": name, "runs": runs, "seconds": found.about["seconds"],
                      "seconds_with_compilation": time.perf_counter() - started})  # fmt: skip
     question = study.question(study.start.params(0), 0)
-    for name, method in {"UnTrac: all datasets": UnTrac(), "UnTrac-Inv: all queries": UnTracInv()}.items():
+    methods: dict[str, Method] = {"UnTrac: all datasets": UnTrac(), "UnTrac-Inv: all queries": UnTracInv()}
+    for name, method in methods.items():
         first, again = (measure(name, method, dataclasses.replace(question)).seconds for _ in range(2))
         rows.append({"name": name, "runs": len(few), "seconds": again, "seconds_with_compilation": first})
     rows += torch_rows(config, study, runs, directory)
@@ -376,7 +379,7 @@ def finish(config: Config, out: Run, parts: list[Part], speed: list[dict[str, An
                 "seeds. pearson: over datasets, averaged over queries; in brackets: 95 % bootstrap over "
                 "datasets. Collapsed: losses out of range, in percent. Plots: of the first seed; red helps, blue "
                 "harms.")  # fmt: skip
-        sections.append((part.name, note, table(mine, FIELDS, lambda row, limits=limits: row in limits)
+        sections.append((part.name, note, table(mine, FIELDS, limits.__contains__)
                          + plots(*drawings(part, truth, found[0]))))  # fmt: skip
         known = sorted((row for row in joined if row["pearson"] is not None and np.isfinite(row["pearson"])),
                        key=lambda row: -row["pearson"])  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from jaxforget import command
 from jaxforget.data.sampling import id_keys, order
@@ -64,11 +65,11 @@ def default() -> Config:
     return Config()
 
 
-def split(config: Config) -> dict[str, tuple[list[Record], list[Record]]]:
+def split(config: Config, corpora: Path) -> dict[str, tuple[list[Record], list[Record]]]:
     """Return, a domain, training and held-out documents, drawn by id."""
     result = {}
     for domain in config.domains:
-        records = read_records(config.corpora / f"{domain}.jsonl.gz", id_field="id")
+        records = read_records(corpora / f"{domain}.jsonl.gz", id_field="id")
         needed = config.documents + config.forget_documents
         if len(records) < needed:
             raise UserError(f"{domain} has {len(records)} documents; --documents and --forget-documents need {needed}")
@@ -92,10 +93,10 @@ def run(config: Config) -> None:
     if unknown:
         raise UserError(f"--forgotten names {', '.join(sorted(unknown))}, which --domains does not train on")
     out = Run("benchmarks.yao_pretraining", config, config.out, config.resume)
-    documents = split(config)
+    documents = split(config, config.corpora)
     out.begin()
     home, text = out.directory, TextConfig(id_field="id")
-    shared = {"seed": config.seed, "text": text, "train": config.train, "size": config.size}
+    shared: dict[str, Any] = {"seed": config.seed, "text": text, "train": config.train, "size": config.size}
     everything = write(home / "data" / "train.jsonl", [record for kept, _ in documents.values() for record in kept])
 
     def once(command_run, sub_config) -> Path:

@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +56,20 @@ def run(config: Config) -> None:
     models = {name: [home(out, name, seed) for seed in range(config.seeds)] for name in (*YARDSTICKS, *study.methods)}
     cost = cell(out, "yardsticks", lambda: train_yardsticks(config, study, models))
     before = cell(out, "validation", lambda: [validate(study, loaded(study, path)) for path in models["original"]])
-    swept = {name: cell(out, f"sweep {name}", lambda name=name: sweep_method(config, out, study, name, models, before))
+    swept = {name: cell(out, f"sweep {name}", partial(sweep_method, config, out, study, name, models, before))
              for name in study.methods}  # fmt: skip
     there = [name for name in models if name in YARDSTICKS or swept[name]["chosen"]]
-    found = {(name, seed): cell(out, f"test {name} {seed}", lambda path=path: test(config, study, path))
+    found = {(name, seed): cell(out, f"test {name} {seed}", partial(test, config, study, path))
              for name in there for seed, path in enumerate(models[name])}  # fmt: skip
     learned = cell(out, "relearn", lambda: relearn(config, study, there, models)) if config.relearn_every else []
     parts = requests_of(config, study)
-    served = [one for name in there if parts for one in cell(out, f"requests {name}", lambda name=name: serve_requests(
-        config, out, study, parts, models["original"], models[name], name, swept.get(name)))]  # fmt: skip
-    deleted = [cell(out, f"sisa {seed}", lambda seed=seed: exact(config, out, study, seed))
+    served = [one for name in there if parts for one in cell(out, f"requests {name}", partial(
+        serve_requests, config, out, study, parts, models["original"], models[name], name, swept.get(name)
+    ))]  # fmt: skip
+    deleted = [cell(out, f"sisa {seed}", partial(exact, config, out, study, seed))
                for seed in range(config.seeds) if config.shards]  # fmt: skip
-    side = [cell(out, f"side effects {seed}", lambda seed=seed: side_effects.measure(
-                study.side, subjects(config, study, there, models, seed), config.resamples, seed))
+    side = [cell(out, f"side effects {seed}", partial(
+                side_effects.measure, study.side, subjects(config, study, there, models, seed), config.resamples, seed))
             for seed in range(config.seeds)] if any(study.side) else []  # fmt: skip
     rows = [rows_of(study, seed, found, swept, cost, learned, served, deleted, side) for seed in range(config.seeds)]
     report(config, out, study, rows, swept, learned, served, side)

@@ -47,7 +47,7 @@ def side_by_side(config: Config, study: Study, label: str, params_K, examples_K,
         lifted = members(step, config.members, own)
         state, frozen = lifted.init([jax.random.key(seed_K[k]) for k in group], parts)
         state = set_schedule(state, learning_rate=[training.learning_rate] * len(group),
-                             total=[mine.steps for mine in batches.members])  # fmt: skip
+                             total=[mine.steps for mine in batches.active])  # fmt: skip
 
         def models(parts_K, group=group):
             host_K = jax.tree.map(np.asarray, parts_K["model"])
@@ -63,7 +63,7 @@ def side_by_side(config: Config, study: Study, label: str, params_K, examples_K,
                           evaluate_every=every, show=show)  # fmt: skip
         found += models(lifted.combine(frozen, outcome.state.trainable), group)
         cost = {"seconds": cost["seconds"] + outcome.seconds, "tokens": cost["tokens"] + outcome.tokens,
-                "steps": cost["steps"] + sum(mine.steps for mine in batches.members)}  # fmt: skip
+                "steps": cost["steps"] + sum(mine.steps for mine in batches.active)}  # fmt: skip
     return found, cost
 
 

@@ -48,7 +48,9 @@ class Asked(NamedTuple):
 
 def read(config: Config, start: Start, retain: Sequence[Record]) -> Asked:
     """Read or generate stereotypes and texts of groups. retain: records that must stay known."""
-    stereotypes = {name: bias.READERS[name](source) for name in FILES if (source := getattr(config, name))}
+    stereotypes: dict[str, list[Any]] = {
+        name: bias.READERS[name](source) for name in FILES if (source := getattr(config, name))
+    }
     grouped: dict[str, list[Record]] = {}
     if not config.forget:
         probes = stereotyped.generate(config.stereotyped)["probe"]

@@ -26,7 +26,7 @@ from jaxforget.sisa.plan import epoch_schedule
 from jaxforget.training.lora import moving_parts
 from jaxforget.training.start import Start, require_causal, start_from
 from jaxforget.unlearning import Method, Setting, adjust, check_setting, choose
-from jaxforget.unlearning.sweep import grid, strengthened
+from jaxforget.unlearning.sweep import strengthened
 
 MEASURED = ("forget", "retain", "approximate", "general", "real_authors", "world_facts")
 
@@ -71,8 +71,8 @@ def prepare(config: Config) -> Study:
         raise UserError(f"--bits {wrong[0]} is unknown; use 8 or 4")
     methods = adjust(choose(config.methods), config.settings)
     for method in methods.values():
-        for one in grid(method, [None], config.learning_rates, config.strengths):
-            strengthened(method, one.strength)
+        for strength in config.strengths if getattr(method, "retain_weight", 0.0) else ():
+            strengthened(method, strength)
     metrics = benchmark.choose(config.metrics)
     records, measured = read_sets(config)
     known = records["retain"] + records.get("general", [])
@@ -104,15 +104,16 @@ def prepare(config: Config) -> Study:
     if config.requests > (most := len(halves["test"]["forget"])):
         raise UserError(f"--requests is {config.requests}; the test half of the forget set has {most} records")
     benchmark.require(metrics, halves["test"])
-    parts = []
-    for sets in halves.values():  # a reader each: it keeps what it tokenised by the sets' names
+    parts: dict[str, Half] = {}
+    for half, sets in halves.items():  # a reader each: it keeps what it tokenised by the sets' names
         if not tofu.wrong_answers(sets["forget"]):
             raise UserError("--forget has no wrong answers (field 'perturbed_answer'), which the criterion needs")
         reader = Reader(start.model, start.tokenizer, config.text)
-        parts.append(Half(sets, reader, asked_of(reader, sets)))
-    reported = benchmark.request(metrics, parts[1].reader, halves["test"], config.measures)
+        parts[half] = Half(sets, reader, asked_of(reader, sets))
+    reported = benchmark.request(metrics, parts["test"].reader, halves["test"], config.measures)
     side = side_effects.read(config, start, halves["test"]["retain"])
-    return Study(start, records, setting, methods, metrics, *parts, reported, config.measures, side)
+    return Study(start, records, setting, methods, metrics, parts["validation"], parts["test"], reported,
+                 config.measures, side)  # fmt: skip
 
 
 def read_sets(config: Config) -> tuple[dict[str, list[Record]], dict[str, list[Record]]]:

@@ -52,7 +52,7 @@ def test(config: Config, study: Study, path: Path) -> dict[str, Any]:
     """Measure a model on the test half: items of the metrics, and what it knows with its weights in fewer bits."""
     params, one = loaded(study, path), study.test
     items = benchmark.measure(study.metrics, study.reported, one.reader, params, one.sets, config.measures)
-    bits = {}
+    bits: dict[str, Any] = {}
     for width in (32, *config.bits):
         weights = params if width == 32 else quantized(one.reader.model, params, width)
         found = look(study, one, weights)
@@ -132,11 +132,12 @@ def exact(config: Config, out: Run, study: Study, seed: int) -> dict[str, Any]:
             write_atomic(directory / f"{name}.jsonl", "".join(lines))
             files.append(str(directory / f"{name}.jsonl"))
     text = TextConfig(id_field="id", max_length=config.text.max_length, prompt_template=config.text.prompt_template)
-    settings = sisa.Config(out=directory / "ensemble", data=tuple(files), model=str(base), shards=config.shards,
+    home = directory / "ensemble"
+    settings = sisa.Config(out=home, data=tuple(files), model=str(base), shards=config.shards,
                            slices=config.slices, seed=seed, text=text, train=config.train, compute=config.compute,
                            members=config.members, export=False)  # fmt: skip
-    sisa.plan(settings, Run("train.sisa", settings, settings.out, False))
-    with Ensemble(settings.out) as ensemble, locked(settings.out, wait=True, tell=command.say):
+    sisa.plan(settings, Run("train.sisa", settings, home, False))
+    with Ensemble(home) as ensemble, locked(home, wait=True, tell=command.say):
         serve(ensemble, export=False)
         before = vote(study, ensemble)
         ensemble.ledger.receive(ask(ensemble, [f"forget {one.id}" for one in study.records["forget"]]).new)
