@@ -161,12 +161,14 @@ def test_a_change_that_fails_changes_nothing(tmp_path):
 KILLED = """
 import os, sys
 from jaxforget.sisa.ledger import Ledger
-ledger = Ledger(sys.argv[1])
-with ledger._change() as db:
+
+def write(db):
     db.execute("PRAGMA cache_size = 1")  # so that pages reach the file before the end
     db.execute("DELETE FROM records")
     db.execute("UPDATE requests SET state = 'committed'")
     os._exit(9)
+
+Ledger(sys.argv[1])._change(write)
 """
 
 
