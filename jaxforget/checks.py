@@ -36,7 +36,7 @@ def one_of(allowed: Sequence[str], *, named: str = "", **settings: str | None) -
 def given(flag: str, value: T | None) -> T:
     """Return a setting that has no default; refuse one that was not given, or is empty."""
     if not value:
-        raise UserError(f"{flag} is missing")
+        raise UserError(f"{flag} is missing; see --help")
     return value
 
 

@@ -28,3 +28,10 @@ def test_names():
     checks.one_of(("left", "right"), side="left", other=None)
     with pytest.raises(UserError, match="^side is 'up'; use one of left, right$"):
         checks.one_of(("left", "right"), side="up")
+
+
+def test_what_has_to_be_given():
+    assert checks.given("--data", "file.jsonl") == "file.jsonl"
+    for nothing in (None, "", ()):
+        with pytest.raises(UserError, match="^--data is missing; see --help$"):
+            checks.given("--data", nothing)

@@ -95,6 +95,12 @@ def test_ids_tell_question_from_answer():
     assert len({content_id("ab", "c"), content_id("a", "bc"), content_id(None, "abc"), content_id("", "abc")}) == 4
 
 
+def test_plain_text_has_no_question():
+    assert Record("a", "blue", "Which colour?").question == "Which colour?"
+    with pytest.raises(UserError, match="^record 'b' is plain text; a question and an answer are needed$"):
+        Record("b", "The sky is blue.").question  # noqa: B018  what is read is the error
+
+
 def test_json_shapes(tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     shapes = {
