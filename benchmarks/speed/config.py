@@ -22,7 +22,7 @@ class Config:
     out: Path | None = None
     """Directory for everything the run leaves. Must be empty."""
     parts: tuple[Part, ...] = get_args(Part)
-    """What to measure, in this order."""
+    """What to measure; `start` comes first."""
     families: tuple[Family, ...] = get_args(Family)
     """Families of the part `families`, all of the shape --size; gpt2 is measured in any case."""
     size: SizeConfig = SizeConfig(width=256, layers=4, heads=4, context=128, vocab_size=8192)
@@ -50,12 +50,12 @@ class Config:
 
 
 def cpu() -> Config:
-    """width 256, 4 layers, vocabulary 8192: about ten minutes on two CPU cores with all peers"""
+    """width 256, 4 layers, vocabulary 8192: about five minutes on two CPU cores with all peers"""
     return Config()
 
 
 def h200() -> Config:
-    """GPT-2-small's shape in bfloat16, 32 rows of 1,024 tokens: for one GPU of 80 GB or more"""
+    """GPT-2-small's shape in bfloat16, 32 rows of 1,024 tokens, for one large GPU; not run yet"""
     return Config(
         size=SizeConfig(width=768, layers=12, heads=12, context=1024, vocab_size=50257),
         shard=SizeConfig(width=256, layers=4, heads=4, context=128, vocab_size=8192),
