@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import importlib
 import os
 import sys
 import time
@@ -12,12 +13,13 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from jaxforget.errors import RunError, UserError
 from jaxforget.files import leads, wait_for_all
 from jaxforget.launch import LaunchConfig, joined, launched, leave
 from jaxforget.report.page import cell
+from jaxforget.report.run import program
 
 
 def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[str] | None = None) -> None:
@@ -31,14 +33,16 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
         import tyro
 
         listed = "; ".join(f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in presets.items())
+        choice = Annotated[Literal[tuple(presets)], tyro.conf.arg(help=f"Settings that other flags change. {listed}.")]
         _lists_once(argv, type(presets[name]()))
         preset = presets[name]()
         flags = {"config": preset, "launch": LaunchConfig()}
         unnamed = [(field, Annotated[type(value), tyro.conf.arg(name="")], value) for field, value in flags.items()]
         both: Any = tyro.cli(
-            dataclasses.make_dataclass("Flags", unnamed),
+            dataclasses.make_dataclass("Flags", [("preset", choice, name), *unnamed]),
             args=argv,
-            description=f"Presets, chosen with --preset NAME before other flags apply. {listed}",
+            prog=program(),
+            description=(type(preset).__doc__ or "").strip(),
         )
         configure_jax()
         with launched(both.launch, both.config):
@@ -59,6 +63,12 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
             raise
         traceback.print_exc()
         leave(1)
+
+
+def script() -> None:
+    """Run the command that this program is named after: `train.unlearn` is `python -m train.unlearn`."""
+    module = importlib.import_module(Path(sys.argv[0]).name)
+    main(module.run, module.PRESETS)
 
 
 def _preset_name(argv: list[str], presets: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxforget.files import write_atomic
+from jaxforget.report.run import program
 from jaxforget.report.terms import meaning
 
 STYLE = """
@@ -220,9 +221,8 @@ def _prose(text: str) -> str:
 
 
 def _command_line() -> str:
-    """Return the command that this process was started with, where it was started as a module."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None or not spec.name.startswith(("train.", "eval.", "benchmarks.")):
+    """Return the command that this process was started with, where it is one."""
+    if (name := program()) is None:
         return ""
-    line = shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+    line = shlex.join(["python", "-m", name, *sys.argv[1:]])
     return f"<p class='note'>This page was written by</p><pre class='command'>{html.escape(line)}</pre>"

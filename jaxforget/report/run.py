@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import sys
 import time
 import typing
 from collections.abc import Iterable
@@ -183,6 +184,13 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def program() -> str | None:
+    """Return the command that this process is, such as `train.unlearn`, or None where it is something else."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    return name if name.startswith(("train.", "eval.", "benchmarks.")) else None
 
 
 def environment() -> dict[str, Any]:

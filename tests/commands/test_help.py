@@ -1,0 +1,71 @@
+"""What a user sees first: help, errors of flags, completion."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import running
+
+from jaxforget import command
+
+NAMES = sorted(f"{top}.{path.stem}" for top in ("train", "eval") for path in (running.REPO / top).glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_says_what_a_command_does(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stop:
+        command.main(module.run, module.PRESETS, ["--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert " ".join(module.Config.__doc__.split()) in said
+    for preset, make in module.PRESETS.items():
+        assert f"{preset}: {' '.join(make.__doc__.split())}" in said
+    assert "--mesh" in said and "--out" in said
+
+
+def test_help_needs_neither_flax_nor_orbax_nor_transformers():
+    """They take most of the time in which help would be there."""
+    asked = """
+import sys, train.unlearn
+from jaxforget import command
+try:
+    command.main(train.unlearn.run, train.unlearn.PRESETS, ["--help"])
+finally:
+    print({"flax", "orbax", "transformers", "datasets", "matplotlib", "scipy"} & set(sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", asked], cwd=running.REPO, capture_output=True, text=True)
+    assert done.stderr == "set()\n"
+
+
+def test_every_command_is_a_program():
+    scripts = tomllib.loads((running.REPO / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == dict.fromkeys(NAMES, "jaxforget.command:script")
+
+
+def test_a_program_runs_the_command_of_its_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["/some/where/bin/train.forget", "--preset", "large"])
+    with pytest.raises(SystemExit) as stop:
+        command.script()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: unknown --preset 'large'; valid presets are default\n"
+
+
+def test_a_shell_completes_flags_and_presets(tmp_path):
+    if not shutil.which("bash"):
+        pytest.skip("there is no bash")
+    process = running.run("train.forget", "--tyro-print-completion", "bash")
+    (tmp_path / "completion").write_text(process.stdout)
+    asked = """
+source completion
+function=$(complete -p train.forget | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+for words in "--ens" "--preset ''"; do
+    eval "COMP_WORDS=(train.forget $words)"; COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    $function train.forget "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"; echo "${COMPREPLY[@]}"
+done
+"""
+    done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["--ensemble", "default"], done.stderr
