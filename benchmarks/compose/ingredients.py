@@ -65,7 +65,7 @@ def adapters(draft: Draft) -> Draft:
 
 
 def lora_config(config: Config) -> LoraConfig:
-    return LoraConfig(rank=config.rank, alpha=8.0 * config.rank, targets=("(attn|mlp)/.*",))
+    return LoraConfig(rank=config.rank, alpha=2.0 * config.rank, targets=("(attn|mlp)/.*",))
 
 
 def dp(draft: Draft) -> Draft:
