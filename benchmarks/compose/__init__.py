@@ -96,8 +96,10 @@ def run(config: Config) -> None:
     command.at_least(1, shards=config.shards, slices=config.slices, places=config.places, rank=config.rank,
                      batch_size=config.batch_size)  # fmt: skip
     least = config.shards * config.slices * config.batch_size
-    if config.records < least:
-        raise UserError(f"--records is {config.records}; give at least {least}, a batch for every slice of a shard")
+    if not least <= config.records < 1 / ingredients.DELTA:
+        raise UserError(f"--records is {config.records}; give at least {least}, a batch for every slice of a shard, "
+                        f"and fewer than {1 / ingredients.DELTA:g}")  # fmt: skip
+    ingredients.privacy_of(config)  # tells noise and a bound that are none
     epoch_schedule(config.epochs, config.slices)  # tells a slice without an epoch
     chosen = tuple(map(parse, config.compositions)) or COMPOSITIONS
     if sharding.current() is not None:
@@ -109,6 +111,7 @@ def run(config: Config) -> None:
     for text in config.meshes if enough else ():
         sharding.make_mesh(text)  # tells an axis that there is not
     world = World(config)
+    world.start  # noqa: B018 - tells a size that is none
     out = Run("benchmarks.compose", config, config.out, None)
     out.begin()
     rows, details = [], []

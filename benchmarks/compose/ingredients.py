@@ -71,7 +71,7 @@ def lora_config(config: Config) -> LoraConfig:
 def dp(draft: Draft) -> Draft:
     """Poisson batches of units, clipped gradients, noise. A record's stream and factor become columns of its own."""
     config = draft.world.config
-    units, privacy = config.batch_size, PrivacyConfig(noise=config.noise, clip=config.clip, delta=DELTA)
+    units, privacy = config.batch_size, privacy_of(config)
 
     def batches(streams, records: Augmented, epochs: int, seed: int) -> PoissonBatches:
         examples = with_units(concatenate([labelled(stream, index) for index, stream in enumerate(streams)]),
@@ -87,6 +87,10 @@ def dp(draft: Draft) -> Draft:
         gradient=private_gradient(how, float(units), MICRO),
         prepare=lambda state: set_privacy(draft.prepare(state), bound=config.clip, multiplier=config.noise),
     )  # fmt: skip
+
+
+def privacy_of(config: Config) -> PrivacyConfig:
+    return PrivacyConfig(noise=config.noise, clip=config.clip, delta=DELTA)
 
 
 def rows_of_unit(draft: Draft) -> int:

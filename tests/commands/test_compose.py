@@ -118,6 +118,7 @@ def test_a_broken_promise_ends_the_command_with_1(in_process, monkeypatch, tmp_p
 @pytest.mark.parametrize("flags, said", [
     (("--compositions", "sparse+magic"), "--compositions sparse+magic: no ingredient 'magic'; there are cda, "),
     (("--shards", 0), "--shards is 0"),
+    (("--clip", 0), "clip is 0.0; it must be above 0"),
     (("--records", 31), "--records is 31; give at least 32, a batch for every slice of a shard"),
     (("--mesh", "data=1"), "--mesh is for all of a run; here --meshes are those of the compositions that have one"),
 ])  # fmt: skip
