@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,8 +84,10 @@ def default() -> Config:
 
 
 PRESETS = {"default": default}
-READERS = {"stereoset": read_stereoset, "crows_pairs": read_crows_pairs, "winobias": read_winobias,
-           "pairs": read_pairs, "prompts": read_prompts}  # fmt: skip
+READERS: dict[str, Callable[[str], list[Any]]] = {
+    "stereoset": read_stereoset, "crows_pairs": read_crows_pairs, "winobias": read_winobias, "pairs": read_pairs,
+    "prompts": read_prompts,
+}  # fmt: skip
 NEEDS = {"causal": (*READERS, "texts"), "masked": ("crows_pairs", "pairs")}
 COUNTS = ("terms", "ties", "left_out")
 COLUMNS = ("name", "items", *COUNTS, "ideal", "value", "baseline", "change")
@@ -108,12 +110,12 @@ NOTES = {
 def run(config: Config) -> None:
     """Read, score, report."""
     given = [name for name in (*READERS, "texts") if getattr(config, name)]
-    _check(config, given)
+    asked = _check(config, given)
     out = Run("eval.bias", config, config.out, False)
     items: dict[str, Any] = {name: READERS[name](getattr(config, name)) for name in given if name in READERS}
     if config.texts:
         items["texts"] = read_records(config.texts, group_field="group")
-    names = [config.model] + ([config.baseline] if config.baseline else [])
+    names = [asked] + ([config.baseline] if config.baseline else [])
     subjects = [subject(name, config) for name in names]
     for one in subjects:
         head, flags = one.model.config.head, {name: f"--{name.replace('_', '-')}" for name in given}
@@ -121,7 +123,7 @@ def run(config: Config) -> None:
             raise UserError(f"{one.name} has a {head} head, which {', '.join(refused)} cannot measure; a causal head "
                             "is allowed with every benchmark, a masked one with --crows-pairs and --pairs")  # fmt: skip
         if head != subjects[0].model.config.head:
-            raise UserError(f"--baseline {one.name} has a {head} head and --model {config.model} a "
+            raise UserError(f"--baseline {one.name} has a {head} head and --model {asked} a "
                             f"{subjects[0].model.config.head} one; only equal heads compare")  # fmt: skip
         if head == "masked" and one.tokenizer.mask_token_id is None:
             raise UserError(f"{one.name}: the tokenizer has no mask token, which a masked model needs")
@@ -130,7 +132,7 @@ def run(config: Config) -> None:
         if "prompts" in items:  # tells those that do not fit before anything is computed
             texts = [prompt.text for prompt in items["prompts"]]
             encode_prompts(one.model, one.tokenizer, texts, config.max_new_tokens)
-    scorer = load_scorer(config.scorer, config.scorer_label) if config.prompts else None
+    scorer = load_scorer(config.scorer, config.scorer_label) if config.scorer else None
     out.begin()
 
     rows = []
@@ -149,7 +151,7 @@ def run(config: Config) -> None:
     whole = [row for row in document["results"] if row["part"] is None]
     whole = whole or document["results"]
     write_page(
-        out.directory / "report.html", f"Stereotypes in {Path(config.model).name}",
+        out.directory / "report.html", f"Stereotypes in {Path(asked).name}",
         "Which stereotypes does the model prefer, and how do groups differ? "
         f"Baseline: {f'`{config.baseline}`' if config.baseline else 'none'}. In brackets 95 % intervals of "
         f"{config.resamples:,} bootstrap resamples. A change counts where its interval excludes 0. "
@@ -181,7 +183,8 @@ def sentence(row: dict[str, Any]) -> str:
     return f"{row['name']}: {told['value']}{ideal}{change}."
 
 
-def _check(config: Config, given: Sequence[str]) -> None:
+def _check(config: Config, given: Sequence[str]) -> str:
+    """Refuse wrong flags; return the name of the model."""
     if not config.model:
         raise UserError("--model is missing; give a model directory or hub name")
     if not given:
@@ -194,6 +197,7 @@ def _check(config: Config, given: Sequence[str]) -> None:
     if config.temperature < 0 or not 0 < config.top_p <= 1:
         raise UserError(f"--temperature is {config.temperature} and --top-p {config.top_p}; the first must be 0 or "
                         "above, the second above 0 and at most 1")  # fmt: skip
+    return config.model
 
 
 def subject(name: str, config: Config) -> Subject:
@@ -205,9 +209,9 @@ def subject(name: str, config: Config) -> Subject:
 
 
 def measure(
-    name: str, items: Any, subjects: Sequence[Subject], config: Config, scorer: Scorer | None, directory: Path
+    name: str, items: Any, subjects: Sequence[Subject], config: Config, scorer: Scorer | None, directory: Path | None
 ) -> list[Measure]:
-    """Run one benchmark. That of prompts also writes continuations.jsonl."""
+    """Run one benchmark. That of prompts needs a scorer, and a directory for continuations.jsonl."""
     if name == "stereoset":
         return benchmarks.stereoset(subjects, items)
     if name == "crows_pairs":
@@ -220,9 +224,11 @@ def measure(
         return [one for kind, part in kinds.items() if part
                 for one in benchmarks.pairs(subjects, part, f"WinoBias {kind}", ("sum",))]  # fmt: skip
     if name == "texts":
-        examples = [encode(items, one.tokenizer, TextConfig(), context=one.model.max_length, where=config.texts,
+        examples = [encode(items, one.tokenizer, TextConfig(), context=one.model.max_length, where=str(config.texts),
                            tell=command.say) for one in subjects]  # fmt: skip
         return benchmarks.group_loss(subjects, examples, {record.id: str(record.fields["group"]) for record in items})
+    if scorer is None or directory is None:
+        raise ValueError(f"{name} needs a scorer and a directory")
     measures, written = benchmarks.generation(
         subjects, items, scorer, samples=config.samples, max_new_tokens=config.max_new_tokens,
         temperature=config.temperature, top_p=config.top_p, seed=config.seed,

@@ -77,9 +77,8 @@ TERMINAL = (*FIELDS[:6], *FIELDS[8:11])
 
 def run(config: Config) -> None:
     """Vote, fit, compare."""
-    for name in ("ensemble", "fit", "test", "groups"):
-        if getattr(config, name) is None:
-            raise UserError(f"--{name} is missing; see --help")
+    home, spec = checks.given("--ensemble", config.ensemble), checks.given("--groups", config.groups)
+    sources = {"fit": checks.given("--fit", config.fit), "test": checks.given("--test", config.test)}
     unknown = [name for name in config.methods if name not in METHODS]
     if unknown:
         raise UserError(f"unknown method {', '.join(unknown)}; valid names are {', '.join(METHODS)}")
@@ -87,7 +86,7 @@ def run(config: Config) -> None:
         checks.between(0, 1, named="--", epsilon=epsilon)
     command.at_least(1, resamples=config.resamples)
     out = Run("eval.fairness", config, config.out, False)
-    with Ensemble(config.ensemble) as ensemble:
+    with Ensemble(home) as ensemble:
         recipe = ensemble.recipe
         if recipe.task != "classification" or len(recipe.labels) != 2:
             raise UserError(f"{config.ensemble} is no ensemble of two-class classifiers: its task is {recipe.task}"
@@ -98,7 +97,7 @@ def run(config: Config) -> None:
         missing = len(ensemble.missing(ensemble.needed()))
         if missing:
             raise UserError(f"{config.ensemble}: {missing} stages are not trained; finish with train.forget --resume")
-        records = {name: read(getattr(config, name), recipe.text) for name in ("fit", "test")}
+        records = {name: read(source, recipe.text) for name, source in sources.items()}
         kept = [record for record in records["fit"] if ensemble.ledger.deleted_by(record.id) is None]
         left_out = len(records["fit"]) - len(kept)
         records["fit"] = kept
@@ -109,9 +108,9 @@ def run(config: Config) -> None:
         trained = sum(ensemble.ledger.where(record.id) is not None for name in records for record in records[name])
         if trained:
             command.say(f"{trained} records of --fit and --test are training text; what is fitted on them flatters")
-        groups, names = {}, None
-        for name in ("fit", "test"):
-            groups[name], names = groups_of(records[name], config.groups, names, where=getattr(config, name))
+        groups = {}
+        groups["fit"], names = groups_of(records["fit"], spec, where=sources["fit"])
+        groups["test"], _ = groups_of(records["test"], spec, names, where=sources["test"])
         out.begin()
         votes = {name: vote(ensemble, records[name], groups[name], positive, name) for name in ("fit", "test")}
         state = hashlib.sha256(json.dumps(ensemble.final_keys()).encode()).hexdigest()

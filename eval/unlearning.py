@@ -7,6 +7,7 @@ item by item in items/, so that --resume measures only what is missing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from pathlib import Path
@@ -228,7 +229,7 @@ def plan(out: Run, name: str, path: str, config: Config, metrics: dict[str, Metr
 
 def work(out: Run, job: Job, config: Config, sets: dict[str, list[Record]]) -> dict[str, dict[str, Any]]:
     """Return the items of every metric: those that were missing are measured and saved."""
-    if not job.missing:
+    if job.reader is None:  # nothing is missing
         return dict(job.found)
     began = time.perf_counter()
     params = hub.load(job.path)[1]
@@ -265,10 +266,10 @@ def report(out: Run, document: dict[str, Any], metrics: dict[str, Metric]) -> No
     parts = joined + [(name.capitalize(), m.columns, m.note, m.axes) for name, m in metrics.items()]
     for title, columns, note, axes in parts:
         fields = ["name", *(f for f in columns if any(row.get(f) is not None for row in rows))]
-        drawn = [figure(lambda one, columns=fields[1:]: bars(one, rows, columns[0]), height=1.0 + 0.28 * len(rows))
-                 for _ in fields[1:2]]  # fmt: skip
+        drawn = [figure(functools.partial(bars, rows=rows, field=field), height=1.0 + 0.28 * len(rows))
+                 for field in fields[1:2]]  # fmt: skip
         if axes and any(row.get(axes[0]) is not None and row.get(axes[1]) is not None for row in rows):
-            drawn.append(figure(lambda one, axes=axes: scatter(one, rows, *axes)))
+            drawn.append(figure(functools.partial(scatter, rows=rows, x=axes[0], y=axes[1])))
         body = table(rows, fields, mark=lambda row: row["name"] in YARDSTICKS)
         sections.append((title, note, body + plots(*drawn)))
     if notes := [row for row in rows if row.get("note")]:

@@ -33,7 +33,8 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
         import tyro
 
         listed = "; ".join(f"{key}: {(make.__doc__ or '').strip().splitlines()[0]}" for key, make in presets.items())
-        choice = Annotated[Literal[tuple(presets)], tyro.conf.arg(help=f"Settings that other flags change. {listed}.")]
+        told = tyro.conf.arg(help=f"Settings that other flags change. {listed}.")
+        choice: Any = Annotated[Literal[tuple(presets)], told]
         _lists_once(argv, type(presets[name]()))
         preset = presets[name]()
         flags = {"config": preset, "launch": LaunchConfig()}

@@ -34,7 +34,7 @@ from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.lora import LoraConfig, moving_parts, with_head
 from jaxforget.training.objectives import objective_for
 from jaxforget.training.optimizer import TrainConfig, adamw
-from jaxforget.training.stage import train_stage
+from jaxforget.training.stage import StageBatches, train_stage
 from jaxforget.training.start import ComputeConfig, SizeConfig, Start, start_from
 from jaxforget.training.step import make_step
 
@@ -114,9 +114,9 @@ def run(config: Config) -> None:
             raise UserError("--exclude and --evaluate need --data; the generated corpus has neither")
         if config.task == "classification":
             raise UserError("--task classification needs --data with a column of classes, see --label-field")
-        sets = fictional.generate(config.corpus)
-        people = sets["forget"] + sets["retain"]
-        records = people if config.task == "seq2seq" else people + sets["general"]
+        generated = fictional.generate(config.corpus)
+        people = generated["forget"] + generated["retain"]
+        records = people if config.task == "seq2seq" else people + generated["general"]
     left_out = {record.id for source in config.exclude for record in read_for(source, config)}
     kept = [record for record in records if record.id not in left_out]
     if not kept:
@@ -149,13 +149,14 @@ def run(config: Config) -> None:
     jax.eval_shape(moving.init, jax.random.key(0), parts)  # tells a pattern that matches nothing
     objective = objective_for(config.task, model, start.tokenizer.mask_token_id)
     private = None
+    batches: StageBatches
     if config.dp.private:
         unit = "block" if config.text.text_mode == "pack" else "record"
         examples = sets["train"] if unit == "block" else with_units(sets["train"], {r.id for r in kept}, unit_of)
         private = private_run(config.dp, config.train, examples, config.seed, unit)
-        _, batches, gradient, optimizer, prepare, about = private
-        step = make_step(objective, moving, gradient, optimizer)
-        check(step, objective, moving, parts, batches, config.dp.estimator)
+        batches, prepare, about = private.batches, private.prepare, private.about
+        step = make_step(objective, moving, private.gradient, private.optimizer)
+        check(step, objective, moving, parts, private.batches, config.dp.estimator)
         command.say("epsilon {dp_epsilon:.4g} at delta {dp_delta:.3g} for one {dp_unit} ({dp_relation}), {dp_sampler} "
                     "sampling, noise multiplier {dp_sigma:g}".format(**about))  # fmt: skip
         if config.data and not (config.tokenizer or config.model):
@@ -164,8 +165,8 @@ def run(config: Config) -> None:
         weighting = config.weighting if config.task != "classification" else "sequence"
         streams = (Stream(sets["train"], config.train.batch_size),)
         batches = Batches(streams, config.train.epochs, config.seed, weighting)
-        gradient = mean_gradient(config.train.microbatch_of(config.train.batch_size))
-        step = make_step(objective, moving, gradient, adamw(config.train))
+        mean = mean_gradient(config.train.microbatch_of(config.train.batch_size))
+        step = make_step(objective, moving, mean, adamw(config.train))
         prepare, about = lambda state: state, {}
     out.begin()
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxforget.debiasing.testbed import Testbed
 from jaxforget.report.page import cell, figure, plots, table, write_page
 
+Rows = Sequence[dict[str, Any]]
 
-def write_report(directory: Path, testbed: Testbed, rows, document, title: str, more=()) -> None:
+
+def write_report(
+    directory: Path, testbed: Testbed, rows: Rows, document: dict[str, Any], title: str,
+    more: Sequence[tuple[str, str, str]] = (),
+) -> None:  # fmt: skip
     """Write report.html: the table, and leakage against the task."""
     drawn = plots(*(figure(_trade_off(rows, name, floor)) for name, floor in testbed.floors.items()))
     note = ("A row a model; the name says which modules are on. Percent; gaps are shares. Leakage: balanced accuracy "
@@ -26,12 +33,12 @@ def write_report(directory: Path, testbed: Testbed, rows, document, title: str, 
                document["config"], [*found, f"Task accuracy: {_told(rows, 'accuracy')}."])  # fmt: skip
 
 
-def _told(rows, field: str) -> str:
+def _told(rows: Rows, field: str) -> str:
     """Give a field of the first rows in words."""
     return ", ".join(f"{cell(row[field], row.get(f'{field}_ci95'))} % with `{row['name']}`" for row in rows[:6])
 
 
-def _trade_off(rows, attribute: str, floor: float):
+def _trade_off(rows: Rows, attribute: str, floor: float) -> Callable[[Any], None]:
     """Draw the leakage of an attribute against the task, with intervals over seeds where there are several."""
 
     def draw(axes):

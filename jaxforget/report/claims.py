@@ -33,9 +33,10 @@ def judged(claim: Claim, runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, 
              for rows in by_name]  # fmt: skip
     row = {"name": claim.text, **dict(list(claim._asdict().items())[1:]), "difference": None}
     row["verdict"] = "not established"
-    if any(value is None for pair in pairs for value in pair):
+    differences = [first - second for first, second in pairs if first is not None and second is not None]
+    if len(differences) < len(pairs):
         return row
-    row["difference"], half = mean_ci95([first - second for first, second in pairs])
+    row["difference"], half = mean_ci95(differences)
     if len(pairs) > 1:
         row["difference_ci95"] = half
         if abs(row["difference"]) > half:

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def cell(value: Any, interval: Any = None) -> str:
 
 
 def table(
-    rows: Sequence[dict[str, Any]], fields: Sequence[str], mark: Callable[[dict], bool] = lambda row: False
+    rows: Sequence[Mapping[str, Any]], fields: Sequence[str], mark: Callable[[Any], bool] = lambda row: False
 ) -> str:
     """Render rows as an HTML table that sorts; `mark` highlights yardstick rows.
 
@@ -128,7 +128,7 @@ def table(
             f"</div><figcaption>{' '.join(said)}{terms}</figcaption></figure>")  # fmt: skip
 
 
-def _spanned(row: dict[str, Any], field: str) -> str:
+def _spanned(row: Mapping[str, Any], field: str) -> str:
     value, low, high = row.get(field), row.get(f"{field}_low"), row.get(f"{field}_high")
     text = cell(value, row.get(f"{field}_ci95"))
     known = isinstance(value, (int, float)) and low is not None and high is not None
@@ -143,7 +143,7 @@ def _kind(values: Sequence[Any], texts: Sequence[str]) -> str:
     return " class='text long'" if max(map(len, texts)) > 40 else " class='text'"
 
 
-def figure(draw: Callable[[Any], None], *, width: float = 5.2, height: float = 3.7) -> str:
+def figure(draw: Callable[[Any], Any], *, width: float = 5.2, height: float = 3.7) -> str:
     """Draw on a matplotlib Axes and return it as an inline SVG.
 
     Its legend moves below the plot, where it covers nothing. Title, labels of the axes and legend make the text that
@@ -162,7 +162,7 @@ def figure(draw: Callable[[Any], None], *, width: float = 5.2, height: float = 3
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
-            "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+            "axes.prop_cycle": plt.cycler(color=COLOURS),
             "grid.alpha": 0.25,
             "legend.frameon": False,
             "legend.fontsize": 8,

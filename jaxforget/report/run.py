@@ -13,7 +13,7 @@ import time
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jaxforget import files
 from jaxforget.errors import UserError
@@ -42,7 +42,7 @@ def plain(value: Any) -> Any:
 
 def from_plain(kind: Any, value: Any) -> Any:
     """Build settings of a type from the JSON values that `plain` made of them."""
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
     return tuple(value) if isinstance(value, list) else value
@@ -83,8 +83,9 @@ class Run:
             self._check_same_config()
         elif self.directory.exists() and any(not _half_written(path) for path in self.directory.iterdir()):
             hints = {True: "it has no config.json to resume from, or ", False: "use --resume to continue it, or "}
-            raise UserError(f"--out {self.directory} is not empty; {hints.get(resume, '')}choose another directory")
-        self._metrics = None
+            hint = "" if resume is None else hints[resume]
+            raise UserError(f"--out {self.directory} is not empty; {hint}choose another directory")
+        self._metrics: TextIO | None = None
 
     def begin(self) -> None:
         """Make the directory and write config.json. Called once the input has been read and found good."""

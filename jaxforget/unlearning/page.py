@@ -91,7 +91,7 @@ def found(rows: Sequence[dict[str, Any]]) -> list[str]:
     return told
 
 
-def _trade_off(axes, rows, utility) -> None:
+def _trade_off(axes: Any, rows: Sequence[dict[str, Any]], utility: str) -> None:
     rows = [row for row in rows if row.get(f"{utility}_nll") is not None]
     for index, row in enumerate(rows):
         x, y = row["forget_nll"], row[f"{utility}_nll"]
@@ -107,7 +107,7 @@ def _trade_off(axes, rows, utility) -> None:
     axes.legend()
 
 
-def _curves(axes, curves, rows, name) -> None:
+def _curves(axes: Any, curves: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], name: str) -> None:
     field = f"{name}_nll"
     top = 0.0
     for index, row in enumerate(rows):
