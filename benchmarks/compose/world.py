@@ -68,12 +68,7 @@ def default() -> Config:
     return Config()
 
 
-def smoke() -> Config:
-    """a smaller model, seconds for each composition"""
-    return Config(size=SizeConfig(width=8, layers=1, heads=2, context=32, vocab_size=300))
-
-
-PRESETS = {"default": default, "smoke": smoke}
+PRESETS = {"default": default}
 
 
 # Neither the list nor the rules of data/counterfactual.py: what the texts here have of either side.

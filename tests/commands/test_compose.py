@@ -20,7 +20,7 @@ QUICK = (("sparse", "sisa"),)
 
 @pytest.fixture(scope="module")
 def world():
-    return World(compose.PRESETS["smoke"]())
+    return World(compose.PRESETS["default"]())
 
 
 def case(names):
@@ -104,8 +104,8 @@ def test_a_broken_promise_ends_the_command_with_1(in_process, monkeypatch, tmp_p
     sparse = INGREDIENTS["sparse"]
     monkeypatch.setitem(INGREDIENTS, "sparse", sparse._replace(add=lambda draft: touches_the_core(sparse.add(draft))))
     with pytest.raises(SystemExit) as stop:
-        in_process(compose, "out", "--preset", "smoke", "--compositions", "sparse", "sparse+mesh")
-    assert stop.value.code == 1 and "sparse: nothing moves that may not (8)" in capsys.readouterr().err
+        in_process(compose, "out", "--compositions", "sparse", "sparse+mesh")
+    assert stop.value.code == 1 and "sparse: nothing moves that may not (16)" in capsys.readouterr().err
     document = running.results(tmp_path / "out")
     broken = [row["guarantee"] for row in document["guarantees"] if not row["holds"]]
     assert "nothing moves that may not" in broken
