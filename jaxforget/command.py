@@ -175,13 +175,22 @@ def say(message: str) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], title: str) -> None:
-    """End a command with its numbers."""
+    """End a command with its numbers: the first columns that fit the terminal, no number cut short."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    table, room, columns = Table(title=title, title_justify="left"), console.width - 1, []
     for field in fields:
-        table.add_column(field.replace("_", " "), justify="left" if field == "name" else "right")
-    for row in rows:
-        table.add_row(*(cell(row.get(field), row.get(f"{field}_ci95")) for field in fields))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        head, column = field.replace("_", " "), [cell(row.get(field), row.get(f"{field}_ci95")) for row in rows]
+        # Names and numbers stand whole, sentences may go over several lines.
+        width = max(map(len, (*head.split(), *(text if field == "name" else text[:18] for text in column))))
+        room -= width + 3
+        if room < 0 and columns:
+            table.caption = f"{len(fields) - len(columns)} more columns in results.json"
+            break
+        table.add_column(head, justify="left" if field == "name" else "right", min_width=width)
+        columns.append(column)
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
+    console.print(table)

@@ -1,6 +1,7 @@
 """What a user sees first: help, errors of flags, completion."""
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -69,3 +70,17 @@ done
 """
     done = subprocess.run(["bash", "-c", asked], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["--ensemble", "default"], done.stderr
+
+
+@pytest.mark.parametrize(("columns", "left_out"), ((50, 2), (200, 0)))
+def test_a_table_cuts_nothing_short(monkeypatch, capsys, columns, left_out):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    name = "a_name_that_is_rather_long"
+    row = {"name": name, "loss": 1.2345, "loss_ci95": 0.012, "steps": 123456, "verdict": "harmed what was to be kept"}
+    command.print_table([row], ["name", "loss", "steps", "verdict"], "title")
+    said = re.sub("\x1b[^m]*m", "", capsys.readouterr().out)
+    assert "…" not in said and name in said and "1.234 ±0.012" in said
+    assert max(map(len, said.splitlines())) <= columns
+    assert ("123,456" in said) == (not left_out)
+    assert (f"{left_out} more columns in results.json" in said) == bool(left_out)
