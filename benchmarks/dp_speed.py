@@ -33,7 +33,7 @@ from jaxforget.report.run import Run
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.objectives import next_token
 from jaxforget.training.start import ComputeConfig
-from jaxforget.training.step import make_step
+from jaxforget.training.step import Estimator, Gradient, make_step
 from jaxforget.training.trainable import everything
 
 
@@ -131,7 +131,9 @@ def ours(config: Config) -> dict[str, Way]:
     ways = {}
     for size in (None, config.microbatch) if config.whole else (config.microbatch,):
         about = f", micro-batch {size}" if size else ""
-        gradients = {"plain": (mean_gradient(size), optax.identity())}
+        gradients: dict[str, tuple[Gradient | Estimator, optax.GradientTransformation]] = {
+            "plain": (mean_gradient(size), optax.identity())
+        }
         for name in ("bookkeep", "ghost", "vmap"):
             gradients[name] = private_gradient(Clipping(name), float(config.batch_size), size), optax.identity()
         gradients["bookkeep and noise"] = gradients["bookkeep"][0], gaussian_noise()

@@ -44,6 +44,7 @@ from jaxforget.training.start import ComputeConfig
 from jaxforget.training.step import make_run
 from jaxforget.training.trainable import everything
 from jaxforget.unlearning import METHODS, Method, Recipe, Setting
+from jaxforget.unlearning.rmu import RMU
 from jaxforget.unlearning.run import step_of
 
 MEASURED = ("gradient_ascent", "random_labels", "ascent_descent_indist", "ascent_kl_indist", "npo", "simnpo", "rmu",
@@ -237,7 +238,7 @@ def torch_turn(config: Config, mine: Work, model, weights: Path) -> Turn | None:
 
     def load():
         found = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).to(device)
-        if mine.name != "rmu":
+        if not isinstance(mine.method, RMU):
             return found
         blocks = mine.method.blocks(model)
         found.model.layers, found.model.norm = found.model.layers[:blocks], torch.nn.Identity()

@@ -180,7 +180,8 @@ def print_table(rows: Sequence[Mapping[str, Any]], fields: Sequence[str], title:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 200)
-    table, room, columns = Table(title=title, title_justify="left"), console.width - 1, []
+    table, room = Table(title=title, title_justify="left"), console.width - 1
+    columns: list[list[str]] = []
     for field in fields:
         head, column = field.replace("_", " "), [cell(row.get(field), row.get(f"{field}_ci95")) for row in rows]
         # Names and numbers stand whole, sentences may go over several lines.

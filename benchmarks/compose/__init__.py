@@ -114,7 +114,8 @@ def run(config: Config) -> None:
     world.start  # noqa: B018 - tells a size that is none
     out = Run("benchmarks.compose", config, config.out, None)
     out.begin()
-    rows, details = [], []
+    rows: list[dict[str, Any]] = []
+    details = []
     for names in chosen:
         if "mesh" in names and not enough:
             rows.append({"name": title(names), "nearest_its_limit": f"not run: needs JAX_NUM_CPU_DEVICES={needed}"})

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -213,14 +213,14 @@ def private(built: Built, stages: Stages) -> Iterator[Found]:
     own = dict(zip(short_keys(ids), map(whole_id, ids), strict=True))
     drawn = [list(dict.fromkeys(own[key] for key in b["key"][b["weight"] > 0].tolist())) for b in batches]
 
-    def without(batch, records: Sequence[str]):
+    def without(batch, records: Collection[str]):
         kept_B = np.asarray([own[key] not in records for key in batch["key"].tolist()])
         return {**batch, "weight": batch["weight"] * kept_B}
 
     whole, changes = built.gradients(batches, quiet), []
     for n in range(max(map(len, drawn))):
         less = built.gradients([without(b, names[n : n + 1]) for b, names in zip(batches, drawn, strict=True)], quiet)
-        changes += [np.linalg.norm(vector(a) - vector(b)) for a, b in zip(whole, less, strict=True)]
+        changes += [float(np.linalg.norm(vector(a) - vector(b))) for a, b in zip(whole, less, strict=True)]
     most = max(changes) * config.batch_size / config.clip
     yield Found("a record changes the sum by C and no more", abs(most - 1.0), 1e-5)
 
@@ -269,5 +269,5 @@ def as_on_one_device(built: Built, stages: Stages) -> Iterator[Found]:
         yield Found(f"{text}: on all devices", devices_of(text) - min(stage.devices for stage in found.values()))
 
 
-def devices_of(mesh: str) -> int:
-    return math.prod(int(size) for size in re.findall(r"=\s*(\d+)", mesh))
+def devices_of(mesh: str | None) -> int:
+    return math.prod(int(size) for size in re.findall(r"=\s*(\d+)", mesh or ""))  # 1 without a mesh

@@ -172,7 +172,9 @@ def train(built: Built, records: Sequence[Record], have: Stages | None = None) -
     draft, stages = built.draft, dict(have or {})
     with spread(draft):
         for stage in range(draft.slices):
-            rows = [None if (k, stage) in stages else built.batches(records, k, stage) for k in range(draft.shards)]
+            rows: list[Any] = [
+                None if (k, stage) in stages else built.batches(records, k, stage) for k in range(draft.shards)
+            ]
             if not any(rows):
                 continue
             states = []

@@ -36,8 +36,8 @@ def rows(config: Config) -> list[dict[str, Any]]:
                 if note := launches[-1].get("note"):
                     return [{"name": name, "note": note} for name in NAMES]
     cold, warm = ([one["seconds"] for one in launches] for launches in found.values())
-    base = {"against": None} | timing.spread("times", [])
-    compared = {"against": NAMES[0]} | timing.spread("times", timing.ratios(warm, cold))
+    base: dict[str, Any] = {"against": None, **timing.spread("times", [])}
+    compared: dict[str, Any] = {"against": NAMES[0], **timing.spread("times", timing.ratios(warm, cold))}
     return [
         {"name": name, **timing.spread("seconds", [one["seconds"] for one in launches]),
          **timing.spread("compile_seconds", [one["compile_seconds"] for one in launches]), **beside}

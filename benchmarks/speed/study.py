@@ -71,8 +71,8 @@ def measure(config: Config, ways: dict[str, Way], top: float, dtype: str) -> lis
     rows = []
     for name, way in ways.items():
         of_step = [value / way.steps for value in seconds[name]]
-        row = {"name": name, **timing.spread("seconds", of_step), "tokens": way.tokens, "flops": way.flops,
-               "against": way.against, "loss": None}  # fmt: skip
+        row: dict[str, Any] = {"name": name, **timing.spread("seconds", of_step), "tokens": way.tokens,
+                               "flops": way.flops, "against": way.against, "loss": None}  # fmt: skip
         row["tokens_per_second"] = way.tokens / row["seconds"]
         row["tflops"] = way.flops and way.flops / row["seconds"] / 1e12
         row["share_of_peak"] = way.flops and way.flops / row["seconds"] / top
@@ -110,13 +110,14 @@ def targets(rows: list[dict[str, Any]], backend: str, config: Config) -> list[di
     def found(name: str, field: str, here: bool = True) -> float | None:
         return by_name.get(name, {}).get(field) if here else None
 
-    one_program = [found(f"one program, {how}", "times", backend != "cpu") for how in ("map", "vmap")]
+    both = [found(f"one program, {how}", "times", backend != "cpu") for how in ("map", "vmap")]
+    one_program = [times for times in both if times is not None]
     h200 = jax.devices()[0].device_kind == "NVIDIA H200"
     wanted = (
         ("torch eager, times our step, on a CPU", 1.1, math.inf, found("torch eager", "times", backend == "cpu")),
         ("private step, times a plain one", 0, 1.15, found("private", "times")),
         (f"{config.members} members in one program, times as fast as one after another, on an accelerator", 4, math.inf,
-         1 / min(one_program) if all(one_program) else None),
+         1 / min(one_program) if len(one_program) == len(both) else None),
         ("gpt2, share of 790 TFLOP/s in bfloat16, on an H200", 0.4, 1, found("gpt2", "share_of_peak", h200)),
     )  # fmt: skip
     return [

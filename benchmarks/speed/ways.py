@@ -44,7 +44,7 @@ class Way(NamedTuple):
 
 def families(config: Config) -> dict[str, Way]:
     """Training of every family, and PyTorch's of the same GPT-2."""
-    found = {}
+    found: dict[str, Way] = {}
     for family in dict.fromkeys(("gpt2", *config.families)):
         model, task, params = subject(config, family, config.size)
         batch_S = plain_batches(config, task, config.size)
