@@ -312,6 +312,17 @@ def test_a_parameter_read_past_the_operations_is_refused(small):
     check_units(decayed, moving, batch, KEY, "vmap")
 
 
+def test_what_a_parameter_does_before_it_is_used_is_seen():
+    """The operation that follows is then differentiated as well, and has nobody to tell."""
+
+    def scaled(moving, batch, key):
+        return jnp.sum(linear(batch["x"] * jnp.sum(jnp.square(jax.tree.leaves(moving)[0])), moving["kernel"]), axis=1)
+
+    batch = {"x": jnp.arange(12.0).reshape(4, 3), "weight": jnp.ones(4)}
+    with pytest.raises(UserError, match="something besides the operations of models/layers.py reads kernel"):
+        check_units(scaled, {"kernel": jnp.ones((3, 3))}, batch, KEY)
+
+
 def test_a_use_traced_once_and_run_twice_is_no_use():
     """Its norm would be that of parts, not of their sum: it becomes NaN, and the loss says so."""
     kernel = {"kernel": jnp.ones((3, 3)) * 0.3}
