@@ -65,8 +65,8 @@ def make_mesh(text: str) -> Mesh:
             raise UserError(f"--mesh has {part.strip()!r}; write axis=devices such as data=2,fsdp=4, the axes being "
                             f"{', '.join(AXES)}")  # fmt: skip
         sizes[axis] = int(size)
-    if min(sizes["member"], sizes["fsdp"], sizes["tensor"]) > 1:  # XLA ends the process on such a program
-        raise UserError(f"--mesh {text}: member goes together with fsdp or with tensor, not with both")
+    if min(sizes["member"], sizes["tensor"], sizes["data"] * sizes["fsdp"]) > 1:  # XLA ends the process on some of them
+        raise UserError(f"--mesh {text}: member goes together with data and fsdp, or with tensor alone")
     needed, there = math.prod(sizes.values()), jax.device_count()
     if needed > there or there % needed or (jax.process_count() > 1 and needed != there):
         every = "of several processes must have all" if jax.process_count() > 1 else "must divide"

@@ -160,6 +160,6 @@ class PoissonBatches:
         batch["weight"] = real_Uk.ravel().astype(np.float32)
         batch["draw"] = (hash64(self.seed, step, batch["key"], DRAW) >> np.uint64(32)).astype(np.uint32)
         batch["key"] = batch["key"].astype(np.uint32)
-        batch["stream"] = np.zeros(len(row_B), np.int32)
-        batch["factor"] = np.ones(len(row_B), np.float32)
+        batch.setdefault("stream", np.zeros(len(row_B), np.int32))  # an objective may tell streams apart by columns
+        batch.setdefault("factor", np.ones(len(row_B), np.float32))
         return batch

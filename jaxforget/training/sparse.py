@@ -45,8 +45,14 @@ class Layout(NamedTuple):
         return {path: part.reshape(shape) for path, part, shape in zip(self.paths, parts, self.shapes, strict=True)}
 
     def add(self, params: PyTree, vector_N: jax.Array) -> PyTree:
-        """Add a difference. Parameters may have leading axes more than the layout, which then share the difference."""
+        """Add a difference. Parameters may have leading axes more than the layout, which then share the difference.
+
+        Raises UserError for a parameter of the layout that is not there, such as one that an adapter stands for.
+        """
         found = self.split(vector_N)
+        there = {path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+        if missing := sorted(found.keys() - there):
+            raise UserError(f"a sparse difference is of the parameter {missing[0]}, which this model does not have")
 
         def one(path, x):
             delta = found.get(path_str(path))

@@ -122,7 +122,11 @@ def make_step(
 def scan_first(
     function: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]], carry: PyTree, inputs_S: PyTree, count: jax.Array
 ) -> tuple[PyTree, PyTree]:
-    """lax.scan over the first `count`, which is traced, of S stacked inputs; outputs beyond are zeros, (S, ...)."""
+    """lax.scan over the first `count`, which is traced, of S stacked inputs; outputs beyond are zeros, (S, ...).
+
+    Where members stand beside another axis of the mesh, all S are computed and those beyond `count` dropped: XLA may
+    let devices of different members wait for each other, which then have to take as many turns.
+    """
 
     def take(i):
         return jax.tree.map(lambda x: x[i], inputs_S)
@@ -131,12 +135,17 @@ def scan_first(
     shapes = jax.eval_shape(function, carry, jax.eval_shape(take, 0))[1]
     seen_S = jax.tree.map(lambda one: jnp.zeros((size, *one.shape), one.dtype), shapes)
 
+    together = sharding.size("member") > 1 and sharding.size("data", "fsdp", "tensor") > 1
+
     def body(i, both):
         carry, seen_S = both
-        carry, seen = function(carry, take(i))
-        return carry, jax.tree.map(lambda all_, one: all_.at[i].set(one), seen_S, seen)
+        new, seen = function(carry, take(i))
+        if together:
+            dropped = carry, jax.tree.map(jnp.zeros_like, seen)
+            new, seen = jax.tree.map(lambda x, y: jnp.where(i < count, x, y), (new, seen), dropped)
+        return new, jax.tree.map(lambda all_, one: all_.at[i].set(one), seen_S, seen)
 
-    return jax.lax.fori_loop(0, count, body, (carry, seen_S))
+    return jax.lax.fori_loop(0, size if together else count, body, (carry, seen_S))
 
 
 @functools.cache

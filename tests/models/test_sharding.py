@@ -79,7 +79,8 @@ def test_meshes_that_cannot_be():
         "data=0": "--mesh has 'data=0'",
         "data=2,model=2": "--mesh has 'model=2'",
         "data=3": "--mesh data=3 has 3 devices, but it must divide the 8 there are",
-        "member=2,fsdp=2,tensor=2": "--mesh member=2,fsdp=2,tensor=2: member goes together with fsdp or with tensor",
+        "member=2,fsdp=2,tensor=2": "--mesh member=2,fsdp=2,tensor=2: member goes together with data and fsdp, or with",
+        "member=2,data=2,tensor=2": "--mesh member=2,data=2,tensor=2: member goes together with data and fsdp, or with",
         "data=4,fsdp=4": "--mesh data=4,fsdp=4 has 16 devices, but it must divide the 8 there are",
     }.items():  # fmt: skip
         with pytest.raises(UserError) as error:

@@ -94,6 +94,18 @@ def test_padding_comes_last_and_weighs_nothing():
     assert len({int(x) for x in steps["draw"][0][steps["weight"][0] > 0]}) == size_T[0]
 
 
+def test_columns_of_the_examples_stay():
+    """An objective that tells streams apart by them would otherwise descend where it should ascend."""
+    examples = numbered(20)
+    stream_N, factor_N = np.arange(20, dtype=np.int32) % 2, -np.ones(20, np.float32)
+    own = dataclasses.replace(examples, columns=examples.columns | {"stream": stream_N, "factor": factor_N})
+    batch = PoissonBatches(own, known(20, 8, 3), seed=0).take(0, 3, 3)
+    assert (batch["factor"] == -1).all()
+    np.testing.assert_array_equal(batch["stream"], (batch["tokens"][..., 0] - 1) % 2)  # numbered: tokens tell the row
+    plain = PoissonBatches(examples, known(20, 8, 3), seed=0).take(0, 3, 3)
+    assert (plain["factor"] == 1).all() and (plain["stream"] == 0).all()
+
+
 def test_empty_draws_are_steps_too():
     batches = PoissonBatches(make_examples(20), known(20, 1, 60), 0)
     sizes = [len(chosen) for chosen in batches.draws]

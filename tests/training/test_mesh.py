@@ -164,6 +164,27 @@ def test_beside_another_axis_nothing_goes_from_member_to_member(axis, how):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), found, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ("member=2,fsdp=2", "member=2,data=2,fsdp=2"))
+def test_members_wait_for_nobody_who_has_fewer_steps(mesh):
+    """A difference over all of a model is permuted among all devices, whose loops then must be equally long."""
+    layout = lay_out(params(), (".*",), MODEL.config.stacks)
+
+    def run():
+        step, parts, rows = plain(moving=sparse_difference(layout, np.arange(0, layout.size, 3)))
+        state, frozen = step.init(KEY, parts)
+        state = set_schedule(state, learning_rate=0.05, total=rows.steps)
+        outcome = fit(members(step, "map"), stack([state, state]), frozen, MemberBatches((rows, None)), chunk=4)
+        return sharding.host(outcome.state.trainable), sharding.host(outcome.state.step)
+
+    expected, steps_K = run()
+    assert steps_K.tolist() == [6, 0]
+    with set_mesh(mesh):
+        found, counted_K = run()
+    assert counted_K.tolist() == [6, 0]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), found, expected)
+
+
 # --------------------------------------------------------------------------------------------- checkpoints
 def test_a_checkpoint_of_8_devices_goes_on_with_2_and_with_1(tmp_path):
     """Killed after 3 of 6 steps; the other numbers of devices have programs of their own."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxforget.errors import UserError
+from jaxforget.models.layers import LowRank
 from jaxforget.training.ensemble import members
 from jaxforget.training.gradients import mean_gradient
 from jaxforget.training.optimizer import OptimizerConfig, adamw, set_schedule
@@ -36,6 +37,15 @@ def test_the_vector_is_the_parameters_in_the_order_of_paths():
     for patterns, words in ((("c",), "pattern 'c' matches no parameter"), (("(",), "is not a regular expression")):
         with pytest.raises(UserError, match=words):
             lay_out(PARAMS, patterns, {})
+
+
+def test_a_difference_of_what_is_not_there_is_refused():
+    """It would be lost without a word, as where an adapter stands for a kernel."""
+    kernel = LowRank(PARAMS["a"]["kernel"], np.ones((3, 1)), np.ones((1, 4)), 1.0)
+    adapted = {**PARAMS, "a": {"bias": PARAMS["a"]["bias"], "kernel": kernel}}
+    with pytest.raises(UserError, match="of the parameter a/kernel, which this model does not have"):
+        LAYOUT.add(adapted, jnp.zeros(LAYOUT.size))
+    assert LAYOUT.add({**PARAMS, "more": np.ones(3)}, jnp.ones(LAYOUT.size))["more"].tolist() == [1, 1, 1]
 
 
 def test_training_moves_the_places_and_no_other_bit():
