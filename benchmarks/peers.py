@@ -6,8 +6,9 @@ On a GPU, PyTorch's side runs there too. Shapes: S steps of a turn, B rows, T to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxforget.models import gpt2
 from jaxforget.training.objectives import next_token
 from jaxforget.training.optimizer import OptimizerConfig
 
+Turn = Callable[[], np.ndarray]  # runs the steps of a turn and returns their losses, (S,)
 _PLAIN_GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # no dropout, as here
 
 
@@ -32,15 +34,29 @@ def torch_device() -> str | None:
     return None if device == "cuda" and not torch.cuda.is_available() else device
 
 
-def torch_adamw(torch, parameters, config: OptimizerConfig):
-    """Return PyTorch's fused AdamW of these settings, at a constant rate."""
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(config.b1, config.b2), eps=config.epsilon,
-                             weight_decay=config.weight_decay, fused=True)  # fmt: skip
+def torch_steps(torch, moving, loss_of: Callable[[Any], Any], batches: Sequence, train: OptimizerConfig) -> Turn:
+    """Make a turn of steps in PyTorch, one a batch, by its fused AdamW at a constant rate. It returns losses_S."""
+    optimizer = torch.optim.AdamW(moving.parameters(), lr=train.learning_rate, betas=(train.b1, train.b2),
+                                  eps=train.epsilon, weight_decay=train.weight_decay, fused=True)  # fmt: skip
+
+    def turn() -> np.ndarray:
+        losses = []
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = loss_of(batch)
+            loss.backward()
+            if train.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(moving.parameters(), train.max_grad_norm)
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).cpu().numpy()  # waits for the device
+
+    return turn
 
 
 def torch_training(
     weights: Path, token_SBT: np.ndarray, label_SBT: np.ndarray, dtype: str, train: OptimizerConfig, *, compile_: bool
-) -> Callable[[], np.ndarray]:
+) -> Turn:
     """Make a turn of next-token training on a saved GPT-2: eager, or the model compiled. It returns losses_S, nats.
 
     dtype: of activations, by autocast where not float32; parameters and losses are float32.
@@ -54,26 +70,17 @@ def torch_training(
     device, half = torch_device(), dtype != "float32"
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, **_PLAIN_GPT2).to(device).train()
     forward = torch.compile(model) if compile_ else model
-    optimizer = torch_adamw(torch, model.parameters(), train)
     batches = list(zip(torch.tensor(token_SBT).to(device), torch.tensor(label_SBT).to(device).long(), strict=True))
 
-    def turn() -> np.ndarray:
-        losses = []
-        for token_BT, label_BT in batches:
-            optimizer.zero_grad()
-            with torch.autocast(device, torch.bfloat16, enabled=half):
-                logit_BTV = forward(input_ids=token_BT, use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(
-                logit_BTV.float().flatten(0, 1), label_BT.flatten(), ignore_index=IGNORED
-            )
-            loss.backward()
-            if train.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).cpu().numpy()  # waits for the device
+    def loss_of(batch):
+        token_BT, label_BT = batch
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            logit_BTV = forward(input_ids=token_BT, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(
+            logit_BTV.float().flatten(0, 1), label_BT.flatten(), ignore_index=IGNORED
+        )
 
-    return turn
+    return torch_steps(torch, model, loss_of, batches, train)
 
 
 def opacus(shape: gpt2.Config, rows: int, length: int) -> dict[str, Callable[[], None]]:

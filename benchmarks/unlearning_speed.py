@@ -19,6 +19,7 @@ Shapes: B rows of a batch, forget rows first, T tokens, V vocabulary, D width, S
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -94,7 +95,6 @@ PRESETS = {"default": default, "smoke": smoke}
 FIELDS = ("name", "seconds_per_step", "tokens_per_second", "torch_seconds_per_step", "speedup", "speedup_low",
           "speedup_high", "compile_seconds", "loss_difference", "reference", "note")  # fmt: skip
 
-Turn = Callable[[], np.ndarray]  # runs the steps of a turn and returns their losses, (S,)
 
 
 class Work(NamedTuple):
@@ -209,7 +209,7 @@ def reference_of(recipe: Recipe) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ both sides
-def our_turn(config: Config, mine: Work, params) -> tuple[Turn, float]:
+def our_turn(config: Config, mine: Work, params) -> tuple[peers.Turn, float]:
     """Compile the steps of a turn as `training.loop.fit` runs them. Returns the turn and the seconds it took."""
     step = step_of(mine.recipe, config.train, everything())
     state, frozen = step.init(jax.random.key(0), {"model": params, **mine.recipe.parts})
@@ -225,7 +225,7 @@ def our_turn(config: Config, mine: Work, params) -> tuple[Turn, float]:
     return turn, took
 
 
-def torch_turn(config: Config, mine: Work, model, weights: Path) -> Turn | None:
+def torch_turn(config: Config, mine: Work, model, weights: Path) -> peers.Turn | None:
     """Make the same steps in PyTorch; None where it is not installed, or not on our device."""
     device = peers.torch_device()
     if device is None:
@@ -247,27 +247,12 @@ def torch_turn(config: Config, mine: Work, model, weights: Path) -> Turn | None:
     moving = load().train()
     reference = load().requires_grad_(False) if "reference" in mine.recipe.parts else None
     target = torch.tensor(np.asarray(mine.recipe.parts["target"])).to(device) if mine.name == "rmu" else None
-    loss_of = torch_losses(torch, moving, reference, target, config.batch)[mine.name]
     names = {"tokens", "labels", "reference_logp"} & set(mine.batch_S)
     batches = [{name: torch.tensor(mine.batch_S[name][s]).to(device) for name in names} for s in range(config.steps)]
     for batch in batches:
         batch["labels"] = batch["labels"].long()
-    train = config.train
-    optimizer = peers.torch_adamw(torch, moving.parameters(), train)
-
-    def turn() -> np.ndarray:
-        losses = []
-        for batch in batches:
-            optimizer.zero_grad()
-            loss = loss_of(mine.method, batch)
-            loss.backward()
-            if train.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(moving.parameters(), train.max_grad_norm)
-            optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).cpu().numpy()  # waits for the device
-
-    return turn
+    loss_of = functools.partial(torch_losses(torch, moving, reference, target, config.batch)[mine.name], mine.method)
+    return peers.torch_steps(torch, moving, loss_of, batches, config.train)
 
 
 def torch_losses(torch, model, reference, target_D, rows: int) -> dict[str, Callable[[Any, dict], Any]]:
