@@ -198,7 +198,7 @@ def report(out: Run, requests, checks, notes, seconds: float) -> None:
     write_page(out.directory / "report.html", "Deletions",
                "Which records were deleted from the ensemble, and at what cost? Every shard that held one is trained "
                f"again from the slice before it. {document['device']}.",
-               sections, document["config"], found)  # fmt: skip
+               sections, document["config"], found, tell_command=False)  # fmt: skip
     command.print_table([*rows, total], FIELDS, f"train.forget · {out.directory}")
 
 

@@ -196,22 +196,30 @@ def plots(*figures: str) -> str:
 
 
 def write_page(
-    path: Path, title: str, lead: str, sections: Sequence[tuple[str, str, str]], config: dict, found: Sequence[str] = ()
+    path: Path,
+    title: str,
+    lead: str,
+    sections: Sequence[tuple[str, str, str]],
+    config: dict,
+    found: Sequence[str] = (),
+    *,
+    tell_command: bool = True,
 ) -> None:
     """Write the page. lead: what was asked; found: what came out, a sentence each; names in backticks become code.
 
-    sections: (heading, one sentence on how to read it, HTML).
+    sections: (heading, one sentence on how to read it, HTML). tell_command: show what the process was started with;
+    not where flags hold what the page must not.
     """
     parts = [f"<section><h2>{html.escape(head)}</h2><p class='note'>{_prose(note)}</p>{body}</section>"
              for head, note, body in sections]  # fmt: skip
     came_out = f"<ul class='found'>{''.join(f'<li>{_prose(one)}</li>' for one in found)}</ul>" if found else ""
-    settings = html.escape(json.dumps(config, indent=2))
+    settings, line = html.escape(json.dumps(config, indent=2)), _command_line() if tell_command else ""
     write_atomic(
         path,
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<meta name='viewport' content='width=device-width, initial-scale=1'><style>{STYLE}</style></head><body>"
         f"<h1>{html.escape(title)}</h1><p class='lead'>{_prose(lead)}</p>{came_out}{''.join(parts)}"
-        f"<section><h2>Settings</h2>{_command_line()}<details><summary>All settings (config.json)</summary>"
+        f"<section><h2>Settings</h2>{line}<details><summary>All settings (config.json)</summary>"
         f"<pre>{settings}</pre></details></section><script>{SCRIPT}</script></body></html>\n",
     )
 

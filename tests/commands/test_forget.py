@@ -6,6 +6,7 @@ Whatever happens, `--resume` ends where an undisturbed deletion ends: the same b
 import json
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import filelock
@@ -22,6 +23,7 @@ import train.sisa
 from jaxforget.data.text import TextConfig
 from jaxforget.errors import RunError
 from jaxforget.models import hub
+from jaxforget.report import page
 from jaxforget.sisa.cost import deletion_visits, training_visits
 from jaxforget.sisa.ensemble import Ensemble
 from jaxforget.sisa.ledger import Ledger, id_hash
@@ -662,10 +664,20 @@ def test_the_report_holds_no_trace(undisturbed, ids):
     shards.assert_forgotten(undisturbed.out, ids)
 
 
+def test_a_page_that_tells_its_command_does_not_tell_ids(forget, ids, monkeypatch):
+    """As where the command is a process of its own."""
+    monkeypatch.setattr(page, "program", lambda: "train.forget")
+    monkeypatch.setattr(sys, "argv", ["train.forget", "--id", *ids])
+    assert ids[0] in page._command_line()
+    outcome = forget("--id", *ids)
+    assert outcome.code == 0, outcome.said
+    shards.assert_forgotten(outcome.report, ids)
+
+
 def test_the_page_needs_no_network(undisturbed):
-    page = (undisturbed.report / "report.html").read_text()
-    assert "<table" in page and "request 1" in page
-    pages.check(page)
+    written = (undisturbed.report / "report.html").read_text()
+    assert "<table" in written and "request 1" in written
+    pages.check(written)
 
 
 def test_metrics(undisturbed):
