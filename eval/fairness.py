@@ -98,15 +98,16 @@ def run(config: Config) -> None:
         if missing:
             raise UserError(f"{config.ensemble}: {missing} stages are not trained; finish with train.forget --resume")
         records = {name: read(source, recipe.text) for name, source in sources.items()}
-        kept = [record for record in records["fit"] if ensemble.ledger.deleted_by(record.id) is None]
+        deleted = ensemble.ledger.deleted_by(record.id for record in records["fit"])
+        kept = [record for record in records["fit"] if record.id not in deleted]
         left_out = len(records["fit"]) - len(kept)
         records["fit"] = kept
         if not kept:
             raise UserError(f"{config.fit}: every record has been deleted from the ensemble")
         if left_out:
             command.say(f"{config.fit}: {left_out} records have been deleted from the ensemble and are left out")
-        trained = sum(ensemble.ledger.where(record.id) is not None for name in records for record in records[name])
-        if trained:
+        ids = [record.id for some in records.values() for record in some]
+        if trained := len(ensemble.ledger.where(ids)):
             command.say(f"{trained} records of --fit and --test are training text; what is fitted on them flatters")
         groups = {}
         groups["fit"], names = groups_of(records["fit"], spec, where=sources["fit"])

@@ -45,16 +45,9 @@ def ask(ensemble: Ensemble, ids: Iterable[str], *, with_duplicates: bool = False
     waiting = {
         identity: request["request"] for request in ledger.requests(RECEIVED, PLANNED) for identity in request["ids"]
     }
-    deleted: dict[str, int] = {}
-    new, unknown = [], []
-    for identity in asked:
-        if (number := ledger.deleted_by(identity)) is not None:
-            deleted[identity] = number
-        elif ledger.where(identity) is None:
-            unknown.append(identity)
-        elif identity not in waiting:
-            new.append(identity)
-    if unknown:
+    deleted, there = ledger.deleted_by(asked), ledger.where(asked)
+    new = [identity for identity in asked if identity in there and identity not in waiting]
+    if unknown := [identity for identity in asked if identity not in deleted and identity not in there]:
         raise UserError(f"{len(unknown)} of {len(asked)} ids are not in the ensemble, so nothing was done: "
                         f"{', '.join(unknown)}")  # fmt: skip
     twins = ledger.twins([*new, *(identity for identity in asked if identity in waiting)])

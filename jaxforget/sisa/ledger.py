@@ -155,14 +155,19 @@ class Ledger:
 
     def _read(self, query: str, values: Sequence = ()) -> Iterator[tuple]:
         """Query. Raises RunError where the file is damaged."""
+        return iter(self._each(query, [values])[0])
 
-        def rows() -> list[tuple]:
+    def _each(self, query: str, values: Iterable[Sequence]) -> list[list[tuple]]:
+        """Query once for each of `values`. However many there are, the first process tells the others once."""
+        asked = list(values)
+
+        def rows() -> list[list[tuple]]:
             try:
-                return self._db.execute(query, values).fetchall()
+                return [self._db.execute(query, one).fetchall() for one in asked]
             except sqlite3.Error as error:
                 raise RunError(f"{self.path} cannot be read ({error})") from None
 
-        return iter(files.through_first(rows))
+        return files.through_first(rows)
 
     def compact(self) -> None:
         """Write the file anew from the rows that are there. Call it after `advance` has forgotten some."""
@@ -211,30 +216,30 @@ class Ledger:
                 count_SR[shard, cut] += rows
         return count_SR
 
-    def where(self, identity: str) -> tuple[int, int] | None:
-        """Return the shard and slice of a surviving record, or None."""
-        return next(self._read("SELECT shard, slice FROM records WHERE id = ?", (identity,)), None)
+    def where(self, ids: Iterable[str]) -> dict[str, tuple[int, int]]:
+        """Return the shard and slice of those ids whose records survive."""
+        ids = list(ids)
+        found = self._each("SELECT shard, slice FROM records WHERE id = ?", ((one,) for one in ids))
+        return {identity: rows[0] for identity, rows in zip(ids, found, strict=True) if rows}
 
-    def deleted_by(self, identity: str) -> int | None:
-        """Return the request that deleted an id, or None."""
-        found = self._read("SELECT request FROM deleted WHERE id_sha256 = ?", (id_hash(identity),))
-        return next((number for (number,) in found), None)
+    def deleted_by(self, ids: Iterable[str]) -> dict[str, int]:
+        """Return the request that deleted an id, of those ids that were deleted."""
+        ids = list(ids)
+        found = self._each("SELECT request FROM deleted WHERE id_sha256 = ?", ((id_hash(one),) for one in ids))
+        return {identity: rows[0][0] for identity, rows in zip(ids, found, strict=True) if rows}
 
     def twins(self, ids: Sequence[str]) -> list[Twin]:
         """Find surviving records that say what these say, exactly or after normalisation, and are not among them."""
-        asked = set(ids)
+        asked = sorted(set(ids))
+        of_asked = self._each("SELECT content, normal FROM records WHERE id = ?", ((one,) for one in asked))
+        said = [row for rows in of_asked for row in rows]  # none of a record deleted meanwhile by another process
+        alike = self._each("SELECT id, shard, content FROM records WHERE normal = ?", ((normal,) for _, normal in said))
         found: dict[str, Twin] = {}
-        for identity in asked:
-            said = next(self._read("SELECT content, normal FROM records WHERE id = ?", (identity,)), None)
-            if said is None:  # deleted meanwhile by another process
-                continue
-            for other, shard, content in self._read(
-                "SELECT id, shard, content FROM records WHERE normal = ?", (said[1],)
-            ):
-                if other not in asked:
-                    exact = content == said[0] or (other in found and found[other].exact)
-                    found[other] = Twin(other, shard, exact)
-        return [found[name] for name in sorted(found)]
+        for (content, _), others in zip(said, alike, strict=True):
+            for other, shard, its in others:
+                exact = its == content or (other in found and found[other].exact)
+                found[other] = Twin(other, shard, exact)
+        return [found[name] for name in sorted(found.keys() - set(asked))]
 
     # requests
 
@@ -251,13 +256,13 @@ class Ledger:
 
     def requests(self, *states: str) -> list[dict[str, Any]]:
         """Return request, state, received, ids (empty once deleted) and receipt of requests in these states, or all."""
-        result = []
-        for number, state, received, receipt in self._read("SELECT * FROM requests ORDER BY request"):
-            if not states or state in states:
-                ids = [row[0] for row in self._read("SELECT id FROM request_ids WHERE request = ?", (number,))]
-                receipt = json.loads(receipt) if receipt else {}
-                result.append({"request": number, "state": state, "received": received, "ids": ids, "receipt": receipt})
-        return result
+        rows = [row for row in self._read("SELECT * FROM requests ORDER BY request") if not states or row[1] in states]
+        ids = self._each("SELECT id FROM request_ids WHERE request = ?", ((row[0],) for row in rows))
+        return [
+            {"request": number, "state": state, "received": received, "ids": [one for (one,) in mine],
+             "receipt": json.loads(receipt) if receipt else {}}
+            for (number, state, received, receipt), mine in zip(rows, ids, strict=True)
+        ]  # fmt: skip
 
     def advance(self, numbers: Sequence[int], state: str, receipts: Sequence[dict], *, forget: bool = False) -> None:
         """Move requests to a state with their receipts. forget: their records and plain ids go in the same act."""

@@ -76,7 +76,7 @@ def done(module, *flags) -> SimpleNamespace:
 def places(directory: Path) -> dict[str, tuple[int, int]]:
     """Return id -> shard and slice of every surviving record."""
     with Ledger(directory) as ledger:
-        return {identity: ledger.where(identity) for identity in IDS if ledger.where(identity) is not None}
+        return ledger.where(IDS)
 
 
 def requests(directory: Path) -> dict[int, str]:

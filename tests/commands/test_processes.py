@@ -210,7 +210,8 @@ def test_an_ensemble_of_two_processes(tmp_path):
     assert running.results(tmp_path / "verified")["results"][-1]["stages_different"] == 0
     assert stages(one) == stages(two_of_them)
     with Ledger(two_of_them) as ledger:
-        assert ledger.deleted_by(identity) == 1 and [r["state"] for r in ledger.requests()] == ["committed"]
+        assert ledger.deleted_by([identity]) == {identity: 1}
+        assert [request["state"] for request in ledger.requests()] == ["committed"]
     assert running.files(one / "members").keys() == running.files(two_of_them / "members").keys()
 
     with two("train.forget", *forget, tmp_path / "wrong", "--id", "nobody", mesh="member=2") as processes:

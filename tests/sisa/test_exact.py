@@ -184,12 +184,13 @@ def test_an_id_twice_is_one_deletion_and_the_first_request_did_it(trained, tmp_p
         ensemble.ledger.receive(["record-s2r2n0", "record-s2r1n0"])
         receipts = serve(ensemble, export=False)
         assert [len(receipt["ids_sha256"]) for receipt in receipts] == [1, 2]
-        assert ensemble.ledger.deleted_by("record-s2r2n0") == 1 and ensemble.ledger.deleted_by("record-s2r1n0") == 2
+        deleted = {"record-s2r2n0": 1, "record-s2r1n0": 2}
+        assert ensemble.ledger.deleted_by(deleted) == deleted
         before = files(tmp_path / "ensemble" / "stages")
         ensemble.ledger.receive(["record-s2r2n0"])
         (receipt,) = serve(ensemble, export=False)
         assert receipt["stages"] == [] and receipt["examples_revisited"] == 0
-        assert ensemble.ledger.deleted_by("record-s2r2n0") == 1
+        assert ensemble.ledger.deleted_by(deleted) == deleted
         assert files(tmp_path / "ensemble" / "stages") == before
 
 
@@ -473,7 +474,7 @@ def test_a_record_without_examples_leaves_without_retraining(tmp_path):
         (receipt,) = delete(ensemble, ["empty", "alone"])
         assert receipt["stages"] == [] and receipt["examples_revisited"] == 0
         assert files(tmp_path / "ensemble" / "stages") == before
-        assert ensemble.ledger.where("empty") is None and ensemble.ledger.deleted_by("empty") == 1
+        assert ensemble.ledger.where(["empty"]) == {} and ensemble.ledger.deleted_by(["empty"]) == {"empty": 1}
         assert_exact(ensemble, PLACES, tmp_path / "fresh")
 
 

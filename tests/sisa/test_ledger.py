@@ -84,7 +84,7 @@ def test_records_come_back_as_they_were_given(tmp_path):
                 assert (record.text, record.prompt) == (given.text, given.prompt)
                 label = given.fields.get("label")
                 assert record.fields == ({} if label is None else {"label": str(label)})
-        assert ledger.records(0, 0) == [] and ledger.where("number") == (1, 0) and ledger.where("no") is None
+        assert ledger.records(0, 0) == [] and ledger.where(["no", "number"]) == {"number": (1, 0)}
 
 
 def test_places_and_counts_against_plain_loops(tmp_path):
@@ -118,8 +118,27 @@ def test_a_creation_that_stops_halfway_leaves_no_ledger(tmp_path):
     with pytest.raises(UserError, match="not an ensemble"):
         Ledger(tmp_path)
     with write(tmp_path) as ledger:
-        assert ledger.where("one") is None and ledger.where("id-3") == (0, 1)
+        assert ledger.where(["one", "id-3"]) == {"id-3": (0, 1)}
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_processes_are_told_once_however_many_ids_are_asked_for(tmp_path, monkeypatch):
+    told = []
+
+    def count(act):
+        told.append(act)
+        return act()
+
+    monkeypatch.setattr("jaxforget.files.through_first", count)
+    with write(tmp_path, {f"id-{n}": f"text {n % 7}" for n in range(50)}) as ledger:
+        for ask_for, most in ((ledger.where, 1), (ledger.deleted_by, 1), (ledger.twins, 2)):
+            told.clear()
+            ask_for([f"id-{n}" for n in range(40)])
+            assert len(told) == most
+        for n in range(30):
+            ledger.receive([f"id-{n}"])
+        told.clear()
+        assert len(ledger.requests()) == 30 and len(told) == 2
 
 
 # ---------------------------------------------------------------------------------------------- requests
@@ -134,11 +153,11 @@ def test_a_request_goes_through_its_states(tmp_path):
         ledger.advance([1, 2], PLANNED, [{"n": 1}, {"n": 2}])
         assert ledger.requests(RECEIVED) == []
         assert [r["receipt"] for r in ledger.requests(PLANNED)] == [{"n": 1}, {"n": 2}]
-        assert ledger.where("id-0") and ledger.deleted_by("id-0") is None
+        assert ledger.where(["id-0"]) and ledger.deleted_by(["id-0"]) == {}
     with Ledger(tmp_path) as ledger:  # another process goes on
         ledger.advance([1], RETRAINED, [{"n": 3}], forget=True)
-        assert ledger.where("id-0") is None and ledger.deleted_by("id-0") == 1 and ledger.deleted_by("id-1") == 1
-        assert ledger.where("id-5") and ledger.deleted_by("id-5") is None
+        asked = ["id-0", "id-1", "id-5"]
+        assert ledger.where(asked).keys() == {"id-5"} and ledger.deleted_by(asked) == {"id-0": 1, "id-1": 1}
         done, waiting = ledger.requests(RETRAINED, PLANNED)
         assert (done["ids"], done["receipt"], done["received"]) == ([], {"n": 3}, first["received"])
         assert waiting == second | {"state": PLANNED, "receipt": {"n": 2}}
@@ -225,8 +244,8 @@ def test_connections_that_write_at_the_same_time_lose_nothing(tmp_path):
             asked = [requests[number]["ids"] for number in numbers[worker]]
             assert asked == [[f"id-{n}"] for n in range(worker * 40, worker * 40 + 40)]
         assert len(ledger.stages()) == 40
-        assert {name for name in texts if ledger.where(name) is None} == {f"id-{n}" for n in range(100, 140)}
-        assert all(ledger.deleted_by(f"id-{n}") for n in range(100, 140))
+        gone = {f"id-{n}" for n in range(100, 140)}
+        assert set(texts) - ledger.where(texts).keys() == gone == ledger.deleted_by(texts).keys()
 
 
 def test_stages_are_kept_replaced_and_dropped(tmp_path):
@@ -411,7 +430,7 @@ def test_no_byte_of_a_deleted_record_is_left(seed, tmp_path):
             assert not [trace for row in gone for trace in traces(row) if trace in blob]
             assert all(trace in blob for row in alive for trace in traces(row))
             assert all(id_hash(row.record.id).encode() in blob for row in gone)
-        assert all(ledger.deleted_by(row.record.id) for row in gone)
+        assert len(ledger.deleted_by(row.record.id for row in gone)) == len(gone)
         left = {name for row in ledger.ids(SHARDS, SLICES) for cut in row for name in cut}
         assert left == {row.record.id for row in alive}
 
@@ -469,8 +488,8 @@ def test_a_damaged_page_is_told_whatever_is_read(tmp_path):
                 ledger.meta("recipe"), ledger.ids(SHARDS, SLICES), ledger.counts(SHARDS, SLICES)
                 for shard in range(SHARDS):
                     ledger.records(shard, 0)
-                ledger.where("id-3"), ledger.twins(["id-3"]), ledger.requests(), ledger.stages()
-                ledger.deleted_by("id-9")
+                ledger.where(["id-3"]), ledger.twins(["id-3"]), ledger.requests(), ledger.stages()
+                ledger.deleted_by(["id-9"])
                 forget(ledger, ["id-4"])
         except RunError as error:
             assert NAME in str(error)
