@@ -33,6 +33,8 @@ IDS = tuple(f"record-{i:02d}" for i in range(24))
 LETTERS = str.maketrans("0123456789abcdef", "ghijklmnopqrstuv")
 SIZE = ("--preset", "smoke", "--size.width", 16, "--size.layers", 1, "--size.vocab-size", 300, "--size.context", 32)
 PLAN = (*SIZE, "--id-field", "id", "--shards", 3, "--slices", 2, "--batch-size", 4)
+# 4 epochs a slice: 4 steps, then 8, so that only the second has checkpoints inside.
+TRAINING = (*PLAN, "--epochs", 6, "--checkpoint-every", 4)
 # What is written in one go leaves this name when its process is killed just then.
 HALF_WRITTEN = re.compile(r"\.(config\.json|results\.json|metrics\.jsonl|report\.html)\.\d+")
 
@@ -71,6 +73,14 @@ def done(module, *flags) -> SimpleNamespace:
     outcome = call(module, *flags)
     assert outcome.code == 0, outcome.said
     return outcome
+
+
+def only_error(outcome: SimpleNamespace, code: int) -> str:
+    """Return the last line of what a command said, the one sentence it failed with."""
+    assert outcome.code == code, outcome.said
+    *told, sentence = outcome.said.splitlines()
+    assert sentence.startswith("error: ") and not any("rror" in line for line in told), outcome.said
+    return sentence
 
 
 def places(directory: Path) -> dict[str, tuple[int, int]]:
@@ -143,6 +153,9 @@ def finish_forgetting(directory: Path, ids, reports: Path, context: str = "") ->
 
 
 # ------------------------------------------------------------------------------------------------- breaking in
+ADVANCE = "jaxforget.sisa.ledger:Ledger.advance"  # a request enters its next state
+
+
 def patched(place: str, nth: int, instead):
     """Patch a function, "module:name", so that its nth call is handed to `instead` as a function without arguments."""
     module, _, path = place.partition(":")
@@ -171,6 +184,13 @@ def broken(when: str, place: str, nth: int, act):
         return result
 
     return patched(place, nth, instead)
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """Let one byte of a file be wrong."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 0xFF
+    path.write_bytes(bytes(content))
 
 
 def interrupt():

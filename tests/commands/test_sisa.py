@@ -1,6 +1,6 @@
 """train.sisa: interrupted anywhere, on a full disk, given bad input, and what it leaves when all goes well.
 
-What follows a deletion is in test_forget.py; only the kills at random moments go through both commands here.
+What follows a deletion is in test_forget*.py; only the kills at random moments go through both commands here.
 """
 
 import json
@@ -15,7 +15,7 @@ import pages
 import pytest
 import running
 import shards
-from shards import IDS, PLAN, SIZE, assert_same, assert_same_training, call, done, finish_forgetting, text_of
+from shards import IDS, PLAN, assert_same, assert_same_training, call, done, finish_forgetting, only_error, text_of
 from test_resume import run_until
 
 import train.forget
@@ -27,8 +27,6 @@ from jaxforget.sisa.ensemble import Ensemble
 from jaxforget.sisa.plan import epoch_schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of writes cut short
-# 4 epochs a slice: 4 steps, then 8, so that only the second has checkpoints inside.
-TRAINING = (*PLAN, "--epochs", 6, "--checkpoint-every", 4)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(data):
-    return (*TRAINING, "--data", data)
+    return (*shards.TRAINING, "--data", data)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +270,7 @@ FULL = {
 }  # fmt: skip
 
 
-FULL_ALIKE = ("last checkpoint", "a stage in the ledger", "log", "page")  # as those of test_forget.py
+FULL_ALIKE = ("last checkpoint", "a stage in the ledger", "log", "page")  # as those of test_forget_interrupted.py
 
 
 @pytest.mark.usefixtures("unplotted")
@@ -281,10 +279,7 @@ def test_full_disk(name, flags, undisturbed, tmp_path):
     *where, expected = FULL[name]
     flags = (*flags, "--out", tmp_path / "out")
     with shards.full_disk(*where):
-        outcome = call(train.sisa, *flags)
-    assert outcome.code == 1
-    *before, sentence = outcome.said.splitlines()
-    assert sentence.startswith("error: ") and not any("rror" in line for line in before), outcome.said
+        sentence = only_error(call(train.sisa, *flags), 1)
     for part in expected:
         assert part in sentence
     done(train.sisa, *flags, "--resume")
@@ -331,11 +326,8 @@ def refused(tmp_path, monkeypatch, made):
 
     def refuse(*flags, out="out"):
         before = running.files(tmp_path), running.files(made["home"])
-        outcome = call(train.sisa, *PLAN, *flags, *(("--out", tmp_path / out) if out else ()))
-        assert outcome.code == 2, outcome.said
+        sentence = only_error(call(train.sisa, *PLAN, *flags, *(("--out", tmp_path / out) if out else ())), 2)
         assert (running.files(tmp_path), running.files(made["home"])) == before
-        *told, sentence = outcome.said.splitlines()
-        assert sentence.startswith("error: ") and not any("rror" in line for line in told), outcome.said
         return sentence
 
     return refuse
@@ -395,7 +387,7 @@ def test_out_and_resume(refused, data, flags, tmp_path):
     assert "--resume needs --out" in refused("--data", data, "--resume", out=None)
     with shards.broken("after", "jaxforget.sisa.ledger:Ledger.create", 1, shards.interrupt):
         call(train.sisa, *flags, "--out", tmp_path / "begun")
-    rest = TRAINING[len(PLAN) :]
+    rest = shards.TRAINING[len(PLAN) :]
     sentence = refused("--data", data, *rest, "--resume", "--slices", 3, "--learning-rate", 1, out="begun")
     assert "slices was 2, now 3" in sentence and "train.learning_rate was 0.003, now 1.0" in sentence
     assert "is not empty; use --resume" in refused("--data", data, *rest, out="begun")
@@ -547,6 +539,6 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed, flags, tmp_path):
 @pytest.mark.slow
 def test_the_smoke_preset(tmp_path):
     """The generated corpus, with the held-out people to score on."""
-    done(train.sisa, "--preset", "smoke", *SIZE[2:], "--epochs", 1, "--slices", 1, "--out", tmp_path / "out")
+    done(train.sisa, "--preset", "smoke", *shards.SIZE[2:], "--epochs", 1, "--slices", 1, "--out", tmp_path / "out")
     names = [row["name"] for row in running.results(tmp_path / "out")["results"]]
     assert "member 2: held-out people" in names and "ensemble, mean_logits: held-out people" in names
