@@ -18,6 +18,7 @@ from jaxforget.data.sampling import hash64, id_keys, order
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.privacy.accounting import Mechanism
+from jaxforget.training.batches import stack_steps
 
 # What a hash is for: an example's randomness, a unit's participation, its part of the data.
 DRAW, CHOICE, PART = 0x44524157, 0x43484F49, 0x50415254
@@ -147,9 +148,7 @@ class PoissonBatches:
 
     def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]:
         """Stack steps start..stop-1; steps beyond, up to `size`, repeat the last one and are not to be run."""
-        steps = [self._batch(step) for step in range(start, stop)]
-        steps += [steps[-1]] * (size - len(steps))
-        return {name: np.stack([batch[name] for batch in steps]) for name in steps[0]}
+        return stack_steps([self._batch(step) for step in range(start, stop)], size)
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         chosen, (_, row_Nk, real_Nk) = self.draws[step], self._units

@@ -35,6 +35,12 @@ class AnyBatches(Protocol):
     def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]: ...
 
 
+def stack_steps(steps: list[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    """Stack the batches of steps, each column (size, ...), the last one repeated."""
+    steps = steps + [steps[-1]] * (size - len(steps))
+    return {name: np.stack([batch[name] for batch in steps]) for name in steps[0]}
+
+
 class Stream(NamedTuple):
     """Examples that fill `rows` rows of every batch.
 
@@ -138,9 +144,7 @@ class Batches:
 
     def take(self, start: int, stop: int, size: int) -> dict[str, np.ndarray]:
         """Stack steps start..stop-1; steps beyond, up to `size`, repeat the last one and are not to be run."""
-        steps = [self._batch(step) for step in range(start, stop)]
-        steps += [steps[-1]] * (size - len(steps))
-        return {name: np.stack([batch[name] for batch in steps]) for name in steps[0]}
+        return stack_steps([self._batch(step) for step in range(start, stop)], size)
 
     def _batch(self, step: int) -> dict[str, np.ndarray]:
         parts = []
