@@ -129,7 +129,7 @@ PRESETS = {"default": default, "smoke": smoke}
 
 def run(config: Config) -> None:
     """Read and check everything, then train, unlearn, score and report."""
-    methods = choose(config.methods)
+    methods = choose(config.methods, given(config) or None, command.say)
     # The default preset has settings for methods that this run may leave out; the user's own must fit the run.
     settings = [one for one in config.settings if one.partition(".")[0] in methods or one not in default().settings]
     methods = adjust(methods, tuple(settings))
@@ -145,6 +145,12 @@ def run(config: Config) -> None:
     command.print_table(rows, TERMINAL, f"train.unlearn · {out.directory}")
 
 
+def given(config: Config) -> dict[str, str]:
+    """Return the sources of the sets that there are, by name; none for the generated corpus."""
+    names = ("forget", "retain", "approximate", "general", "general_test")
+    return {name: getattr(config, name) for name in names if getattr(config, name)}
+
+
 def check(config: Config, methods: dict[str, Method]) -> None:
     """Raise UserError for settings that would fail only after minutes of training."""
     command.at_least(1, seeds=config.seeds, evaluate_every=config.evaluate_every, curve_records=config.curve_records)
@@ -157,9 +163,9 @@ def check(config: Config, methods: dict[str, Method]) -> None:
     for rate in config.learning_rates:
         dataclasses.replace(config.unlearning, learning_rate=rate)
     if len(config.learning_rates) > 1:
-        given = config.forget or config.model or config.base  # else the generated corpus supplies every set
+        generated = not (config.forget or config.model or config.base)  # which has every set
         known = {
-            "approximate": config.approximate or not given,
+            "approximate": config.approximate or generated,
             "retrained": config.retrained or not config.model,
             "never": False,
         }[config.stop_at]
@@ -175,16 +181,15 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, Setting,
 
     The setting has neither the parameters to unlearn from nor the seed's cache yet.
     """
-    names = ("forget", "retain", "approximate", "general", "general_test")
-    given = {name: getattr(config, name) for name in names if getattr(config, name)}
-    if given or config.model or config.base:
-        if "forget" not in given:
+    sources = given(config)
+    if sources or config.model or config.base:
+        if "forget" not in sources:
             raise UserError(
                 "--forget is missing; give the records to forget, or no data flags for the generated corpus"
             )
-        if not config.model and "retain" not in given:
+        if not config.model and "retain" not in sources:
             raise UserError("--retain is missing; without --model the yardstick is trained on it")
-        records = {name: read(source, config.text) for name, source in given.items()}
+        records = {name: read(source, config.text) for name, source in sources.items()}
     else:
         records = fictional.generate(config.corpus)
     if config.model and config.base:
@@ -197,7 +202,7 @@ def prepare(config: Config, methods: dict[str, Method]) -> tuple[Start, Setting,
             raise UserError(f"--forget and --{other} share {len(shared)} ids, such as {min(shared)!r}; they must not")
 
     known = records.get("retain", []) + records.get("general", [])
-    texts = tokenizer_texts(known, config.text) if given else fictional.tokenizer_texts(known)
+    texts = tokenizer_texts(known, config.text) if sources else fictional.tokenizer_texts(known)
     start = start_from(
         config.model or config.base, tokenizer_name=config.tokenizer, size=config.size, compute=config.compute,
         texts=texts,

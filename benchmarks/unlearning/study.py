@@ -69,7 +69,8 @@ def prepare(config: Config) -> Study:
         dataclasses.replace(config.unlearning, learning_rate=rate)
     if wrong := [bits for bits in config.bits if bits not in (8, 4)]:
         raise UserError(f"--bits {wrong[0]} is unknown; use 8 or 4")
-    methods = adjust(choose(config.methods), config.settings)
+    given = [name for name in MEASURED if getattr(config, name)] if config.forget else None
+    methods = adjust(choose(config.methods, given, command.say), config.settings)
     for method in methods.values():
         for strength in config.strengths if getattr(method, "retain_weight", 0.0) else ():
             strengthened(method, strength)

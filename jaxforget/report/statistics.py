@@ -23,14 +23,16 @@ def over_seeds(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]
     """Join the rows of several seeds by name: each number becomes its mean, `<field>_ci95` its interval.
 
     A number missing (null) for one seed is missing in the mean: an average over the seeds that survived would flatter.
-    Text that differs between seeds is joined by " / ".
+    Text that differs between seeds is joined by " / ". Intervals of a field that a seed's rows have already, over
+    items, are left out: `<field>_ci95` is over seeds.
     """
     if len(runs) == 1:
         return [dict(row) for row in runs[0]]
     joined = []
     for rows in zip(*runs, strict=True):
         result: dict[str, Any] = {"name": rows[0]["name"], "seeds": len(rows)}
-        for field in (field for field in rows[0] if field != "name"):
+        over_items = {f"{field}_ci95" for field in rows[0]}
+        for field in (field for field in rows[0] if field != "name" and field not in over_items):
             values = [row.get(field) for row in rows]
             if any(value is None for value in values):
                 result[field] = None

@@ -5,7 +5,7 @@ Yao et al. (arXiv 2402.15159); the others are those of OpenUnlearning (arXiv 250
 (arXiv 2407.06460) its task vector and WHP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from jaxforget import choice
 from jaxforget.choice import adjust
@@ -53,9 +53,21 @@ METHODS: dict[str, Method] = {
 PAPER = tuple(METHODS)[:7]
 
 
-def choose(names: Sequence[str]) -> dict[str, Method]:
-    """Look up methods by name; `paper` is the first seven. See `jaxforget.choice`."""
-    return choice.choose(METHODS, names, {"paper": PAPER})
+def choose(
+    names: Sequence[str], sets: Collection[str] | None = None, tell: Callable[[str], None] = lambda said: None
+) -> dict[str, Method]:
+    """Look up methods by name; `paper` is the first seven. See `jaxforget.choice`.
+
+    sets: those there are, None for all. `paper` and `all` leave out, and tell, methods that need another; those asked
+    for by their own names stay.
+    """
+    chosen = choice.choose(METHODS, names, {"paper": PAPER})
+    missing = {name: [needed for needed in method.needs if sets is not None and needed not in sets]
+               for name, method in chosen.items() if name not in names}  # fmt: skip
+    for needed in sorted({one for some in missing.values() for one in some}):
+        left_out = [name for name, some in missing.items() if needed in some]
+        tell(f"left out, since they need --{needed}: {', '.join(left_out)}")
+    return {name: method for name, method in chosen.items() if not missing.get(name)}
 
 
 __all__ = ["METHODS", "PAPER", "Loss", "Method", "Recipe", "Setting", "adjust", "check_setting", "choose"]

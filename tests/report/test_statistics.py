@@ -31,6 +31,14 @@ def test_rows_join_by_name_and_a_missing_seed_is_missing():
     assert over_seeds(runs[:1]) == runs[0]
 
 
+def test_intervals_over_items_do_not_pass_for_intervals_over_seeds():
+    """Rows of metrics have both; the mean of what one seed says of its items says nothing of seeds."""
+    runs = [[{"name": "a", "x": x, "x_ci95": 100.0, "y_ci95": 2.0}] for x in (1.0, 3.0)]
+    (row,) = over_seeds(runs)
+    assert row["x_ci95"] == pytest.approx(12.706, rel=1e-4) and "x_ci95_ci95" not in row
+    assert row["y_ci95"] == 2.0  # of a field that is not there: a number like any other
+
+
 def test_json_never_holds_nan_or_infinity():
     value = plain({"a": float("nan"), "b": [np.float32(np.inf), np.int64(3)], "c": Path("x") / "y"})
     assert json.dumps(value, allow_nan=False) == '{"a": null, "b": [null, 3], "c": "x/y"}'

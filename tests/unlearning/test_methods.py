@@ -156,6 +156,19 @@ def test_an_empty_retain_set_is_refused(name):
         check_setting(method, name, SETTING._replace(sets={"forget": SETS["forget"]}))
 
 
+def test_groups_leave_out_what_lacks_a_set_and_names_do_not():
+    """A forget and a retain file are enough for a run of the paper's methods."""
+    told = []
+    general = ("ascent_descent_general", "ascent_kl_general")
+    assert tuple(choose(["paper"], ["forget", "retain"], told.append)) == tuple(n for n in PAPER if n not in general)
+    assert told == [f"left out, since they need --general: {', '.join(general)}"]
+    assert not [name for name, method in choose(["all"], ["forget"], told.append).items() if method.needs]
+    assert len(told) == 3 and "--retain: ascent_descent_indist, " in told[2]
+    told.clear()
+    assert general[0] in choose(["paper", general[0]], ["forget", "retain"], told.append)
+    assert told == [f"left out, since they need --general: {general[1]}"]
+
+
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if hasattr(method, "retain_weight")])
 def test_weights_of_0_leave_the_other_term(name):
     """L(w_f, w_r) = w_f L(1, 0) + w_r L(0, 1)."""
