@@ -65,6 +65,9 @@ def default() -> Config:
     return Config()
 
 
+PRESETS = {"default": default}
+
+
 def split(config: Config, corpora: Path) -> dict[str, tuple[list[Record], list[Record]]]:
     """Return, a domain, training and held-out documents, drawn by id."""
     result = {}
@@ -150,4 +153,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command.main(run, {"default": default})
+    command.main(run, PRESETS)
