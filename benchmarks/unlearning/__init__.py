@@ -20,8 +20,9 @@ other halves. Robustness to settings is the share of a method's settings whose c
 Chosen models are also measured with weights of 8 and 4 bits, and while they are tuned on the forget set again. Parts of
 the forget set are also unlearned one after another with the chosen setting, each from the model before. Where real
 authors and world facts are not given, utility is of the retain set alone. An ensemble of shards, from which the forget
-set is deleted exactly (SISA), stands beside. Side effects on stereotypes and on the loss of groups are measured by the
-means of eval.bias, before and after; the general text of the generated corpus has a gender stereotype for it.
+set is deleted exactly (SISA), stands beside, with its relearning and its requests. Side effects on stereotypes and on
+the loss of groups are measured by the means of eval.bias, before and after; the general text of the generated corpus
+has a gender stereotype for it.
 
 Trainings, sweeps and measurements are cells, each a file: a killed run resumes there.
 """
@@ -40,7 +41,7 @@ from benchmarks.unlearning.config import PRESETS, Config
 from benchmarks.unlearning.models import loaded, sweep_method, train_yardsticks
 from benchmarks.unlearning.report import report, rows_of
 from benchmarks.unlearning.study import Study, prepare, validate
-from benchmarks.unlearning.trials import exact, relearn, requests_of, serve_requests, test
+from benchmarks.unlearning.trials import exact, relearn, requests_of, serve_exactly, serve_requests, test
 from jaxforget import command
 from jaxforget.files import write_atomic
 from jaxforget.metrics.bias.benchmarks import Subject
@@ -68,6 +69,9 @@ def run(config: Config) -> None:
     ))]  # fmt: skip
     deleted = [cell(out, f"sisa {seed}", partial(exact, config, out, study, seed))
                for seed in range(config.seeds) if config.shards]  # fmt: skip
+    learned += [point for one in deleted for point in one["relearned"]]
+    if parts and deleted:
+        served += cell(out, "requests sisa", partial(serve_exactly, config, out, study, parts))
     side = [cell(out, f"side effects {seed}", partial(
                 side_effects.measure, study.side, subjects(config, study, there, models, seed), config.resamples, seed))
             for seed in range(config.seeds)] if any(study.side) else []  # fmt: skip

@@ -40,7 +40,8 @@ class Config:
     seeds: int = 3
     """Seeds of training and unlearning."""
     choosing_seeds: int = 0
-    """So many seeds run all settings, and the others the one chosen on them; 0 is all seeds."""
+    """So many seeds run all settings, and the others the one chosen on them; 0 is all seeds. From as many ensembles the
+    requests are also deleted exactly, each at the cost of retraining."""
     base: str | None = None
     """Model to train both yardsticks from, as a Hugging Face directory or hub name. Not given: from scratch."""
     tokenizer: str | None = None

@@ -27,7 +27,7 @@ def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, delet
             row["utility"] = row.get("utility") or harmonic_mean(utility_parts(row))
             row |= benchmark.overall(row, rows[0] if rows else row)
             row |= tested[name, seed]["bits"]
-            row |= last(learned, name, seed, "relearned", ("es", "forget_nll", "memorisation"))
+            row |= last(learned, name, seed, "relearned", RELEARNED)
             row |= last(served, name, seed, "requests", ("es", "memorisation", "utility"))
             row |= side_effects.fields_of(side[seed][name]) if side else {}
         if name in swept:
@@ -43,7 +43,8 @@ def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, delet
         for one in deleted[seed : seed + 1]:
             found = dict(one[when])
             rows.append({"name": name, "utility_32bit": found.pop("utility"), **found,
-                         "memorisation_32bit": found["memorisation"], "es_32bit": found["es"]})  # fmt: skip
+                         "memorisation_32bit": found["memorisation"], "es_32bit": found["es"],
+                         **last(learned, name, seed, "relearned", RELEARNED)})  # fmt: skip
     return rows
 
 
@@ -70,6 +71,7 @@ def last(points: Sequence[dict], name: str, seed: int, prefix: str, fields: Sequ
     return {f"{prefix}_{field}": mine[-1][field] for field in fields} if mine else {}
 
 
+RELEARNED = ("es", "forget_nll", "memorisation")
 TERMINAL = ("name", "overall", "memorisation", "privacy", "utility_rel", "es", "forget_nll", "retain_nll", "robustness",
             "learning_rate", "strength", "step")  # fmt: skip
 TUNING = ("name", "criterion", "robustness", "learning_rate", "strength", "step", "diverged", "tuning_runs",

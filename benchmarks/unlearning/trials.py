@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from jaxforget.models.quantize import quantized
 from jaxforget.report.run import Run
 from jaxforget.sisa.deletion import ask, serve
 from jaxforget.sisa.ensemble import Ensemble, locked
+from jaxforget.sisa.ledger import NAME
 from jaxforget.sisa.scoring import ensemble_token_scores
 from jaxforget.training.lora import moving_parts
 from jaxforget.training.start import tokenizer_files
@@ -114,46 +116,109 @@ def serve_requests(config: Config, out: Run, study: Study, parts: Sequence[Asked
 
 
 # ---------------------------------------------------------------------------------------------------- exact
-def exact(config: Config, out: Run, study: Study, seed: int) -> dict[str, Any]:
-    """Train a SISA ensemble on all records, delete the forget set from it, and measure it before and after."""
+def shard_models(config: Config, out: Run, study: Study, seed: int) -> Path:
+    """Train an ensemble on all records, what is missing of it. Returns its directory."""
     directory, start = out.directory / "sisa" / f"seed{seed}", study.start
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    base = hub.save(directory / "start", start.model, start.params(seed),
-                    extra_files=tokenizer_files(start.save_tokenizer))  # fmt: skip
-    known = [dataclasses.replace(one, id=f"{name} {one.id}") for name, some in study.records.items()
-             if name != "general" or config.base is None for one in some]  # fmt: skip
-    files = []
-    for name, plain_text in (("questions", False), ("texts", True)):
-        lines = [json.dumps({"id": one.id, "text": one.text} if plain_text else
-                            {"id": one.id, "question": one.prompt, "answer": one.text}) + "\n"
-                 for one in known if (one.prompt is None) == plain_text]  # fmt: skip
-        if lines:
-            write_atomic(directory / f"{name}.jsonl", "".join(lines))
-            files.append(str(directory / f"{name}.jsonl"))
-    text = TextConfig(id_field="id", max_length=config.text.max_length, prompt_template=config.text.prompt_template)
     home = directory / "ensemble"
-    settings = sisa.Config(out=home, data=tuple(files), model=str(base), shards=config.shards,
-                           slices=config.slices, seed=seed, text=text, train=config.train, compute=config.compute,
-                           members=config.members, export=False)  # fmt: skip
-    sisa.plan(settings, Run("train.sisa", settings, home, False))
+    if not (home / NAME).exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        base = hub.save(directory / "start", start.model, start.params(seed),
+                        extra_files=tokenizer_files(start.save_tokenizer))  # fmt: skip
+        known = [dataclasses.replace(one, id=f"{name} {one.id}") for name, some in study.records.items()
+                 if name != "general" or config.base is None for one in some]  # fmt: skip
+        files = []
+        for name, plain_text in (("questions", False), ("texts", True)):
+            lines = [json.dumps({"id": one.id, "text": one.text} if plain_text else
+                                {"id": one.id, "question": one.prompt, "answer": one.text}) + "\n"
+                     for one in known if (one.prompt is None) == plain_text]  # fmt: skip
+            if lines:
+                write_atomic(directory / f"{name}.jsonl", "".join(lines))
+                files.append(str(directory / f"{name}.jsonl"))
+        text = TextConfig(id_field="id", max_length=config.text.max_length, prompt_template=config.text.prompt_template)
+        settings = sisa.Config(out=home, data=tuple(files), model=str(base), shards=config.shards,
+                               slices=config.slices, seed=seed, text=text, train=config.train, compute=config.compute,
+                               members=config.members, export=False)  # fmt: skip
+        sisa.plan(settings, Run("train.sisa", settings, home, False))
     with Ensemble(home) as ensemble, locked(home, wait=True, tell=command.say):
         serve(ensemble, export=False)
-        before = vote(study, ensemble)
-        ensemble.ledger.receive(ask(ensemble, [f"forget {one.id}" for one in study.records["forget"]]).new)
-        (receipt,) = serve(ensemble, export=False)
-        after = vote(study, ensemble)
+    return home
+
+
+@contextlib.contextmanager
+def copied(home: Path) -> Iterator[Ensemble]:
+    """Open a copy of an ensemble, to delete from."""
+    copy = home.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(home, copy)
+    with Ensemble(copy) as ensemble, locked(copy, wait=True, tell=command.say):
+        yield ensemble
+    shutil.rmtree(copy)
+
+
+def delete(ensemble: Ensemble, records: Sequence[Record]) -> dict[str, Any]:
+    """Delete records of the forget set exactly. Returns the receipt."""
+    ensemble.ledger.receive(ask(ensemble, [f"forget {one.id}" for one in records]).new)
+    (receipt,) = serve(ensemble, export=False)
+    return receipt
+
+
+def exact(config: Config, out: Run, study: Study, seed: int) -> dict[str, Any]:
+    """Delete the forget set from a SISA ensemble: what it knows before, after, and while tuned on that set again."""
+    with copied(shard_models(config, out, study, seed)) as ensemble:
+        before = voted(study, study.test, ensemble)
+        receipt = delete(ensemble, study.records["forget"])
+        after = voted(study, study.test, ensemble)
+        points = relearn_together(config, study, ensemble, seed) if config.relearn_every else []
     cost = {"deletion_seconds": receipt["seconds"],
             "deletion_share": receipt["examples_revisited"] / receipt["examples_of_full_retraining"]}  # fmt: skip
-    return {"before": before, "after": {**after, **cost}}
+    return {"before": before, "after": {**after, **cost}, "relearned": points}
 
 
-def vote(study: Study, ensemble: Ensemble) -> dict[str, Any]:
-    """Return what the members know together: the mean of their probabilities."""
-    one = study.test
-    params, weight_K = [ensemble.params(shard) for shard in ensemble.final_keys()], ensemble.weights()
+def relearn_together(config: Config, study: Study, ensemble: Ensemble, seed: int) -> list[dict[str, Any]]:
+    """Tune every member on the forget set again, and measure their vote on the way."""
+    start_K, weight_K = members_of(ensemble)
+    points, last = [], len(start_K) - 1
+    found: list[Any] = []
+
+    def watch(k: int, step: int, params) -> None:
+        found.append(params)
+        if k == last:
+            points.append({"name": "sisa", "seed": seed, "step": step, **vote(study, study.test, found, weight_K)})
+            found.clear()
+
+    forget = study.setting.sets["forget"]
+    whole = dataclasses.replace(config, width=0)
+    side_by_side(whole, study, "relearning of shards", start_K, [forget] * len(start_K), [seed] * len(start_K),
+                 config.relearn, watch, config.relearn_every)  # fmt: skip
+    return points
+
+
+def serve_exactly(config: Config, out: Run, study: Study, parts: Sequence[Asked]) -> list[dict[str, Any]]:
+    """Delete one request after another from ensembles of the seeds that choose; measure after each."""
+    points = []
+    for seed in range(config.choosing_seeds or config.seeds):
+        with copied(shard_models(config, out, study, seed)) as ensemble:
+            for number, one in enumerate(parts, 1):
+                delete(ensemble, one.records)
+                found = voted(study, one.half, ensemble)
+                points.append({"name": "sisa", "seed": seed, "request": number, **found})
+    return points
+
+
+def members_of(ensemble: Ensemble) -> tuple[list[Any], np.ndarray]:
+    """Return the parameters and the weights of those that vote."""
+    return [ensemble.params(shard) for shard in ensemble.final_keys()], ensemble.weights()
+
+
+def voted(study: Study, half: Half, ensemble: Ensemble) -> dict[str, Any]:
+    return vote(study, half, *members_of(ensemble))
+
+
+def vote(study: Study, half: Half, params_K: Sequence[Any], weight_K: np.ndarray) -> dict[str, Any]:
+    """Return what models know of a half together: the mean of their probabilities."""
     scored = {}
-    for name, examples in one.asked.scored.items():
-        scores = ensemble_token_scores(ensemble.model, params, examples, "mean_probability", weight_K)
+    for name, examples in half.asked.scored.items():
+        scores = ensemble_token_scores(study.start.model, params_K, examples, "mean_probability", weight_K)
         scored[name] = Scored(examples, scores, np.zeros_like(scores.logp_NT))
-    return said(Evidence(scored, {}, {}), one.reader, one.sets, study.measures)
+    return said(Evidence(scored, {}, {}), half.reader, half.sets, study.measures)

@@ -97,7 +97,9 @@ def curves(points: Sequence[Mapping[str, Any]], field: str, along: str) -> Calla
             for one in points:
                 if one["name"] == name and one[field] is not None:
                     values.setdefault(one[along], []).append(one[field])
-            style = {"color": YARDSTICKS[name][1], "ls": "--"} if name in YARDSTICKS else {"color": f"C{index % 10}"}
+            style = {"color": f"C{index % 10}", "ls": ("-", "-.", ":")[index // 10 % 3]}
+            if name in YARDSTICKS:
+                style = {"color": YARDSTICKS[name][1], "ls": "--"}
             mean_P, half_P = np.array([mean_ci95(seeds) for seeds in values.values()]).reshape(-1, 2).T
             axes.plot(list(values), mean_P, lw=1.4, label=name, **style)
             axes.fill_between(list(values), mean_P - half_P, mean_P + half_P, color=style["color"], alpha=0.15, lw=0)

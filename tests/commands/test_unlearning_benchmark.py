@@ -39,10 +39,16 @@ def test_smoke(tmp_path):
     first = next(one for one in document["relearning"] if one["name"] == "retrained")
     assert first["es"] == pytest.approx(document["by_seed"][0][1]["es"])
     served = [(one["name"], one["seed"], one["request"]) for one in document["requests"]]
-    assert sorted(served) == sorted((name, seed, n) for name in list(rows)[:3] for seed in (0, 1)
-                                    for n in (1, 2))  # fmt: skip
+    assert sorted(served) == sorted((name, seed, n) for name in (*list(rows)[:3], "sisa") for seed in (0, 1)
+                                    for n in (1, 2) if name != "sisa" or not seed)  # fmt: skip
     whole = next(one for one in document["requests"] if (one["name"], one["request"]) == ("original", 2))
     assert whole["memorisation"] == pytest.approx(document["by_seed"][0][0]["memorisation"])  # the last asks for all
+    deleted = document["by_seed"][0][-1]
+    exact = {one["request"]: one for one in document["requests"] if one["name"] == "sisa"}
+    assert exact[2]["forget_nll"] == deleted["forget_nll"]  # in two requests or in one: the same bits
+    again = [one for one in document["relearning"] if (one["name"], one["seed"]) == ("sisa", 0)]
+    assert [one["step"] for one in again] == steps and again[0]["forget_nll"] == deleted["forget_nll"]
+    assert again[-1]["forget_nll"] == deleted["relearned_forget_nll"] < deleted["forget_nll"]
     for name in ("preference_sum", "loss_of_genders_gap_male_female", "loss_of_retain_gap_north_south"):
         assert f"{name}_ci95" in rows["original"] and f"{name}_change" not in rows["original"]
         for seed in document["by_seed"]:
