@@ -286,8 +286,7 @@ def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
     """Write results.json and the page."""
     runs, seen = ([[row for cell in cells.values() for row in cell[part][seed]] for seed in range(config.seeds)]
                   for part in ("runs", "gradients"))  # fmt: skip
-    of_items = ("_low", "_high")  # intervals of single models, which by_seed keeps
-    rows = over_seeds([[{f: v for f, v in row.items() if not f.endswith(of_items)} for row in rows] for rows in runs])
+    rows = over_seeds(runs)  # by_seed keeps the intervals of single models
     gradients = over_seeds(seen)
     measures = [field for field in rows[-1] if not field.endswith("_ci95")]
     extra = [field for field in measures if re.match("stereoset|crows", field)]

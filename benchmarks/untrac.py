@@ -376,7 +376,7 @@ def finish(config: Config, out: Run, parts: list[Part], speed: list[dict[str, An
         rows += [{**row, "name": f"{part.name}: {row['name']}", "part": part.name, "method": row["name"]}
                  for row in mine]  # fmt: skip
         note = ("Means and 95 % intervals over the models of the seeds, each against the truth averaged over all "
-                "seeds. pearson: over datasets, averaged over queries; in brackets: 95 % bootstrap over "
+                "seeds. pearson: over datasets, averaged over queries; in brackets, of one seed: 95 % bootstrap over "
                 "datasets. Collapsed: losses out of range, in percent. Plots: of the first seed; red helps, blue "
                 "harms.")  # fmt: skip
         sections.append((part.name, note, table(mine, FIELDS, limits.__contains__)

@@ -75,7 +75,8 @@ def run(config: Config) -> None:
     side = [cell(out, f"side effects {seed}", partial(
                 side_effects.measure, study.side, subjects(config, study, there, models, seed), config.resamples, seed))
             for seed in range(config.seeds)] if any(study.side) else []  # fmt: skip
-    rows = [rows_of(study, seed, found, swept, cost, learned, served, deleted, side) for seed in range(config.seeds)]
+    rows = [rows_of(config, study, seed, found, swept, cost, learned, served, deleted, side)
+            for seed in range(config.seeds)]  # fmt: skip
     report(config, out, study, rows, swept, learned, served, side)
 
 

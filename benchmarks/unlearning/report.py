@@ -17,14 +17,18 @@ from jaxforget.report.statistics import over_seeds
 from jaxforget.unlearning.tuning import YARDSTICKS, curves, heat_map, trade_off
 
 
-def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, deleted, side) -> list[dict[str, Any]]:
+def rows_of(config: Config, study: Study, seed: int, tested, swept, cost, learned, served, deleted,
+            side) -> list[dict[str, Any]]:  # fmt: skip
     """Return the rows of a seed: original, retrained, then the methods."""
     rows: list[dict[str, Any]] = []
+    trained = len(YARDSTICKS) * config.seeds / (config.choosing_seeds or config.seeds)  # as a method's cost: of those
     for name in (*YARDSTICKS, *study.methods):
         row: dict[str, Any] = {"name": name}
         if (name, seed) in tested:
             row |= benchmark.summarise(tested[name, seed]["items"], tested["retrained", seed]["items"])
-            row["utility"] = row.get("utility") or harmonic_mean(utility_parts(row))
+            if row.get("utility") is None:
+                known = harmonic_mean(utility_parts(row))
+                row["utility"] = harmonic_mean((known, row["fluency"])) if "fluency" in row else known
             row |= benchmark.overall(row, rows[0] if rows else row)
             row |= tested[name, seed]["bits"]
             row |= last(learned, name, seed, "relearned", RELEARNED)
@@ -37,7 +41,7 @@ def rows_of(study: Study, seed: int, tested, swept, cost, learned, served, delet
             row |= {"robustness": found["robustness"], **{f"tuning_{key}": x for key, x in found["cost"].items()}}
             row["diverged"] = len(found["notes"])
         else:
-            row |= {f"tuning_{key}": cost[key] / len(YARDSTICKS) for key in ("seconds", "steps", "tokens")}
+            row |= {f"tuning_{key}": cost[key] / trained for key in ("seconds", "steps", "tokens")}
         rows.append(row)
     for when, name in (("before", "sisa before"), ("after", "sisa")):
         for one in deleted[seed : seed + 1]:
@@ -81,12 +85,10 @@ TUNING = ("name", "criterion", "robustness", "learning_rate", "strength", "step"
 def report(config: Config, out: Run, study: Study, by_seed, swept, learned, served, side) -> None:
     """Join the seeds; write results.json and the page."""
     measures = side[0]["original"] if side else []
-    joined = over_seeds([[side_effects.without_spans(row, measures) for row in rows] for rows in by_seed]
-                        if config.seeds > 1 else by_seed)  # fmt: skip
-    document = out.finish(joined, by_seed=by_seed, sweeps=swept, relearning=learned, requests=served)
+    document = out.finish(over_seeds(by_seed), by_seed=by_seed, sweeps=swept, relearning=learned, requests=served)
     rows = document["results"]
     mark = lambda row: row["name"] in YARDSTICKS  # noqa: E731
-    spans = f"means and 95 % intervals over {config.seeds} seeds" if config.seeds > 1 else "one seed"
+    spans = f"means and 95 % intervals over {config.seeds} seeds" if config.seeds > 1 else "one seed, ± over items"
 
     def section(title: str, note: str, fields: Sequence[str], drawn: Sequence[str] = ()):
         fields = ["name", *(f for f in fields if f != "name" and any(row.get(f) is not None for row in rows))]
@@ -97,8 +99,8 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned, serv
         sections.append(section("Overall", benchmark.OVERALL_NOTE, benchmark.OVERALL, [figure(trade_off(rows))]))
     maps = [figure(heat_map(name, found["grid"]), width=3.2, height=2.7) for name, found in swept.items()]
     note = ("The criterion over learning rates and strengths on the validation halves, each at its best checkpoint; "
-            "the mean over seeds. Robustness: the share of settings within 10 % of the best. Tuning: the cost of all "
-            "runs together; for the yardsticks, of their training.")  # fmt: skip
+            "the mean over the seeds that choose. Robustness: the share of settings within 10 % of the best. Tuning: "
+            "the cost of all their runs together; for the yardsticks, half of that of training both.")  # fmt: skip
     sections.append(section("Tuning", note, TUNING, maps))
     if config.bits:
         fields = [f"{name}_{bits}bit" for name in ("memorisation", "es", "utility") for bits in (32, *config.bits)]

@@ -117,12 +117,6 @@ def fields_of(measures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def without_spans(row: Mapping[str, Any], measures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Leave out intervals over items: over seeds there are others."""
-    spans = {f"{field_of(one['name'])}_{kind}" for one in measures for kind in SPANS}
-    return {field: value for field, value in row.items() if field not in spans}
-
-
 # ---------------------------------------------------------------------------------------------------- page
 def section(rows: Sequence[Mapping[str, Any]], measures: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
     """Return the section of the page: a drawing of every measure, and a table. measures: the original's."""

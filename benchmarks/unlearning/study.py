@@ -22,6 +22,7 @@ from jaxforget.metrics import benchmark, memorisation, tofu
 from jaxforget.metrics.benchmark import MeasureConfig
 from jaxforget.metrics.composite import harmonic_mean
 from jaxforget.metrics.evidence import Evidence, Reader, Request, gather, mean_losses, require_questions
+from jaxforget.metrics.language import token_loss
 from jaxforget.sisa.plan import epoch_schedule
 from jaxforget.training.lora import moving_parts
 from jaxforget.training.start import Start, require_causal, start_from
@@ -97,6 +98,10 @@ def prepare(config: Config) -> Study:
         check_setting(method, name, setting)
     halves: dict[str, dict[str, list[Record]]] = {"validation": {}, "test": {}}
     for name, some in measured.items():
+        there = set(tokens(some, name).ids)
+        if short := sum(record.id not in there for record in some):
+            command.say(f"{short} records of the set {name} have no token to score within the length; not measured")
+        some = [record for record in some if record.id in there]
         for half, mine in halved(some).items():
             most = {"validation": config.validation_records, "test": config.test_records}[half]
             halves[half][name] = mine[:most]
@@ -174,7 +179,7 @@ def said(evidence: Evidence, reader: Reader, sets: Mapping[str, list[Record]], c
     """Return what `knows` does, of answers that are there."""
     row = memorisation.summarise(memorisation.measure(evidence, reader, sets, config), None)
     row = {name: row[name] for name in ("memorisation", "es", "em", "paraprob", "truth")}
-    row["forget_nll"] = float(np.mean(mean_losses(evidence.scored["forget"], sets["forget"])))
+    row["forget_nll"] = token_loss(evidence.scored["forget"].scores)
     parts = []
     for name in (name for name in tofu.UTILITY if name in sets):
         probability_N = np.exp(-mean_losses(evidence.scored[name], sets[name]))

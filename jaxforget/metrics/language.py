@@ -64,10 +64,16 @@ def masked_once(examples: Examples, mask_id: int, vocab_size: int) -> Examples:
     return dataclasses.replace(examples, columns=examples.columns | hidden)
 
 
+def token_loss(scores: TokenScores) -> float:
+    """Return total loss over total scored tokens, nats."""
+    loss = -np.where(scores.scored_NT, scores.logp_NT, 0.0).sum(dtype=np.float64)
+    return float(loss / scores.scored_NT.sum())
+
+
 def language_metrics(scores: TokenScores) -> dict[str, float]:
     """Summarise token scores.
 
-    nll: total loss over total scored tokens, nats. token_perplexity: exp(nll). perplexity: exp of the mean over
+    nll: see `token_loss`. token_perplexity: exp(nll). perplexity: exp of the mean over
     sequences of each one's mean loss, the form of Yao et al. (arXiv 2402.15159, released run_eval.py). accuracy:
     percent, mean over sequences of teacher-forced argmax accuracy, same source. The two perplexities differ unless
     lengths coincide.
@@ -75,9 +81,9 @@ def language_metrics(scores: TokenScores) -> dict[str, float]:
     count_N = scores.scored_NT.sum(axis=1)
     loss_N = -np.where(scores.scored_NT, scores.logp_NT, 0.0).sum(axis=1, dtype=np.float64)
     right_N = (scores.correct_NT & scores.scored_NT).sum(axis=1)
-    nll = loss_N.sum() / count_N.sum()
+    nll = token_loss(scores)
     return {
-        "nll": float(nll),
+        "nll": nll,
         "perplexity": float(np.exp((loss_N / count_N).mean())),
         "token_perplexity": float(np.exp(nll)),
         "accuracy": float(100.0 * (right_N / count_N).mean()),

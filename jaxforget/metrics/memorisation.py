@@ -20,20 +20,27 @@ from jaxforget.metrics.language import TokenScores
 
 
 def exact_memorisation(scores: TokenScores) -> np.ndarray:
-    """Return the share of scored tokens that equal the teacher-forced argmax, (N,)."""
+    """Return the share of scored tokens that equal the teacher-forced argmax, (N,); NaN where a loss is no number."""
     count_N = scores.scored_NT.sum(axis=1)
     right_N = (scores.correct_NT & scores.scored_NT).sum(axis=1)
-    return np.where(count_N > 0, right_N / np.maximum(count_N, 1), np.nan)
+    return np.where((count_N > 0) & ~_broken(scores), right_N / np.maximum(count_N, 1), np.nan)
 
 
 def extraction_strength(scores: TokenScores) -> np.ndarray:
-    """Return 1 - k / n, (N,): k the fewest tokens after which the argmax gives all the others right, n all tokens."""
+    """Return 1 - k / n, (N,): k the fewest tokens after which the argmax gives all the others right, n all tokens.
+
+    NaN where a loss is no number: a model that is destroyed has not forgotten.
+    """
     result = np.full(len(scores.scored_NT), np.nan)
     for n, (correct_T, scored_T) in enumerate(zip(scores.correct_NT, scores.scored_NT, strict=True)):
         correct = np.asarray(correct_T)[scored_T]
         if len(correct):
             result[n] = np.logical_and.accumulate(correct[::-1]).sum() / len(correct)
-    return result
+    return np.where(_broken(scores), np.nan, result)
+
+
+def _broken(scores: TokenScores) -> np.ndarray:
+    return np.any(scores.scored_NT & np.isnan(scores.logp_NT), axis=1)
 
 
 def without_last(scores: TokenScores) -> TokenScores:

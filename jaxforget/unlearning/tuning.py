@@ -89,14 +89,16 @@ def heat_map(name: str, means: Sequence[Mapping[str, Any]]) -> Callable[[Any], N
 
 
 def curves(points: Sequence[Mapping[str, Any]], field: str, along: str) -> Callable[[Any], None]:
-    """Draw one field of points against another, means over seeds in their 95 % intervals; yardsticks are dashed."""
+    """Draw one field of points against another, means over seeds in their 95 % intervals; yardsticks are dashed.
+
+    A line has a gap where a seed has no value.
+    """
 
     def draw(axes):
         for index, name in enumerate(dict.fromkeys(one["name"] for one in points)):
             values: dict[int, list[float]] = {}
-            for one in points:
-                if one["name"] == name and one[field] is not None:
-                    values.setdefault(one[along], []).append(one[field])
+            for one in sorted((one for one in points if one["name"] == name), key=lambda one: one[along]):
+                values.setdefault(one[along], []).append(np.nan if one[field] is None else one[field])
             style = {"color": f"C{index % 10}", "ls": ("-", "-.", ":")[index // 10 % 3]}
             if name in YARDSTICKS:
                 style = {"color": YARDSTICKS[name][1], "ls": "--"}

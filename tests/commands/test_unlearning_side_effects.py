@@ -116,8 +116,6 @@ def test_a_row_has_values_changes_and_intervals_over_items():
     name = "loss_of_retain_gap_a_b"
     assert row == {name: 0.5, f"{name}_low": 0.25, f"{name}_high": 0.75, f"{name}_change": -1.0,
                    f"{name}_change_low": -2.0, f"{name}_change_high": None}  # fmt: skip
-    kept = side_effects.without_spans({**row, "name": "npo", "other_low": 1.0}, measures)
-    assert kept == {name: 0.5, f"{name}_change": -1.0, "name": "npo", "other_low": 1.0}
     title, note, html = side_effects.section([{"name": "original", **row}, {"name": "sisa"}], measures)
     assert title == "Side effects" and html.count("<svg") == 1 and "0.5 [0.25, 0.75]" in html and "sisa" not in html
 

@@ -33,10 +33,29 @@ def test_rows_join_by_name_and_a_missing_seed_is_missing():
 
 def test_intervals_over_items_do_not_pass_for_intervals_over_seeds():
     """Rows of metrics have both; the mean of what one seed says of its items says nothing of seeds."""
-    runs = [[{"name": "a", "x": x, "x_ci95": 100.0, "y_ci95": 2.0}] for x in (1.0, 3.0)]
+    runs = [[{"name": "a", "x": x, "x_ci95": 100.0, "x_low": -99.0, "x_high": 101.0, "y_low": 2.0}] for x in (1.0, 3.0)]
     (row,) = over_seeds(runs)
-    assert row["x_ci95"] == pytest.approx(12.706, rel=1e-4) and "x_ci95_ci95" not in row
-    assert row["y_ci95"] == 2.0  # of a field that is not there: a number like any other
+    assert row.keys() == {"name", "seeds", "x", "x_ci95", "y_low", "y_low_ci95"}
+    assert row["x_ci95"] == pytest.approx(12.706, rel=1e-4)
+    assert row["y_low"] == 2.0  # of a field that is not there: a number like any other
+
+
+def test_rows_are_joined_by_name_in_any_order():
+    one, other = {"name": "a", "x": 1.0}, {"name": "b", "x": 5.0}
+    rows = over_seeds([[one, other], [other, one]])
+    assert [(row["name"], row["x"], row["x_ci95"]) for row in rows] == [("a", 1.0, 0.0), ("b", 5.0, 0.0)]
+    for wrong in ([one], [one, {**other, "name": "c"}], [one, other, other]):
+        with pytest.raises(ValueError, match="rows of other names"):
+            over_seeds([[one, other], wrong])
+
+
+def test_a_note_of_some_seeds_is_told():
+    """It says why a number is missing."""
+    for first, second in ((None, "broke"), ("broke", None)):
+        (row,) = over_seeds([[{"name": "a", "x": 1.0, "note": first}], [{"name": "a", "x": None, "note": second}]])
+        assert row["x"] is None and row["note"] == "broke"
+    (row,) = over_seeds([[{"name": "a"}], [{"name": "a", "note": "broke"}]])
+    assert row["note"] == "broke"
 
 
 def test_json_never_holds_nan_or_infinity():
