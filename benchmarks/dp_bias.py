@@ -110,7 +110,7 @@ def smoke() -> Config:
 
 
 PRESETS = {"default": default, "smoke": smoke}
-WIDTH = "generation_gap_size"  # whoever is judged worse
+WIDTH = "generation_gap_learnt"  # the gap, its sign that of training without DP and CDA; sizes are never 0 on average
 SHOWN = GAP, PREFERENCE = "generation_gap_female_male", "preference_sum"
 LEVEL, SS, CROWS, CONVERGENCE = "negative_rate", "stereoset_both_kinds_ss", "crows_pairs_mean", "convergence_gap"
 FIELDS = ("name", "nll", "perplexity", "moved", "generation_male_mean_score", "generation_female_mean_score", GAP,
@@ -178,8 +178,6 @@ def run(config: Config) -> None:
             found = (pretrained if name == "pretrained" else trained)(config, out, start, data, name)
             write_atomic(file, json.dumps(plain(found)) + "\n")
         cells[name] = json.loads(file.read_text(encoding="utf-8"))
-        for row in sum(cells[name]["runs"], []):
-            row[WIDTH] = abs(row[GAP])
     finish(config, out, cells)
 
 
@@ -286,6 +284,9 @@ def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
     """Write results.json and the page."""
     runs, seen = ([[row for cell in cells.values() for row in cell[part][seed]] for seed in range(config.seeds)]
                   for part in ("runs", "gradients"))  # fmt: skip
+    learnt = np.sign(np.mean([row[GAP] for rows in runs for row in rows if row["name"] == PLAIN]))
+    for row in sum(runs, []):
+        row[WIDTH] = float(learnt * row[GAP])
     rows = over_seeds(runs)  # by_seed keeps the intervals of single models
     gradients = over_seeds(seen)
     measures = [field for field in rows[-1] if not field.endswith("_ci95")]
@@ -312,7 +313,8 @@ def finish(config: Config, out: Run, cells: dict[str, dict[str, Any]]) -> None:
     sections = [
         ("Do the claims replicate?", "At this size, with these settings. Difference: of `field` between the first "
          "setting and the second. replicates: its 95 % interval over seeds lies where the claim says; opposite: on the "
-         "other side of 0; not established: it holds 0.",
+         "other side of 0; not established: it holds 0. The gap learnt is positive where women are judged as training "
+         "without DP and CDA makes the model judge them.",
          table(verdicts, ("name", "field", "first", "second", "difference", "verdict", "source"))),
         ("Models", f"{over}{known}Preference: percent of pairs whose stereotypical sentence is likelier; nats: mean "
          "log-ratio of the two. Without DP: same sampler, no noise, nothing cut. Intervals are over seeds, on fixed "
