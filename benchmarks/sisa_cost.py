@@ -250,7 +250,7 @@ def accuracy(config: Config, out: Run, ids: list[str]) -> tuple[list[dict], tupl
     note = (f"Accuracies are means over {config.seeds} seeds on the test set; deletions are of the first. `one` is a "
             "request for one record, `many` for "
             f"{config.share:.0%} of all, after it; shares are of training everything on what is left, measured warm. "
-            "Lines in the right plot are seconds, dots visits of examples.")  # fmt: skip
+            "In the right plot solid lines with markers are seconds, dotted ones visits of examples.")  # fmt: skip
     drawn = plots(figure(against_shards), figure(seconds))
     command.print_table(rows, ACCURACY_FIELDS, f"benchmarks.sisa_cost · {out.directory}")
     return rows, ("Accuracy and deletions", note, drawn + table(rows, ACCURACY_FIELDS))

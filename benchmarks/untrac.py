@@ -386,7 +386,7 @@ def finish(config: Config, out: Run, parts: list[Part], speed: list[dict[str, An
         highest = ", ".join(f"`{row['name']}` {cell(row['pearson'], row.get('pearson_ci95'))}" for row in known[:3])
         told.append(f"{part.name}: the highest Pearson correlations with retraining, of {len(joined)} methods and "
                     f"settings: {highest or 'none'}. A perfect method is expected to reach "
-                    f"{cell(limits[0]['pearson'])}.")  # fmt: skip
+                    f"{cell(limits[0]['pearson'])} at most.")  # fmt: skip
     if speed:
         fields = ("name", "runs", "seconds", "seconds_with_compilation", "times_as_fast_as_sequential")
         note = "The same retraining of one seed; seconds without compilation."

@@ -129,7 +129,8 @@ def report(config: Config, out: Run, everyone: list[Scores], truth: Truth) -> No
     sections = [
         ("Agreement", "Means over queries of correlations over datasets; in brackets: 95 % bootstrap over datasets. "
          "lds: Spearman over random subsets of datasets. sign: percent of equal signs, raw and with queries centred. "
-         "The noise ceiling is the expected Pearson correlation of a perfect method with this truth.",
+         "The noise ceiling bounds the expected Pearson correlation of a perfect method with this truth; it is reached "
+         "where queries are equally noisy.",
          table(rows, FIELDS, lambda row: row in limits)),
         ("Scores against the truth", "One dot a dataset, one colour a query, each standardised; on the line the score "
          "is the truth.", plots(*dots)),
@@ -144,7 +145,7 @@ def report(config: Config, out: Run, everyone: list[Scores], truth: Truth) -> No
     found = [f"`{row['name']}`: Pearson correlation with the truth {cell(row['pearson'])} "
              f"[{cell(row['pearson_low'])}, {cell(row['pearson_high'])}], Spearman {cell(row['spearman'])}."
              for row in rows if row not in limits]  # fmt: skip
-    found.append(f"A perfect method is expected to reach {cell(limits[0]['pearson'])} (the noise ceiling)."
+    found.append(f"A perfect method is expected to reach {cell(limits[0]['pearson'])} at most (the noise ceiling)."
                  if limits[0]["pearson"] is not None and np.isfinite(limits[0]["pearson"])
                  else "With one seed of retraining there is no noise ceiling.")  # fmt: skip
     write_page(out.directory / "report.html", "Influence against retraining", lead, sections, document["config"], found)

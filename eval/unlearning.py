@@ -115,7 +115,7 @@ def run(config: Config) -> None:
     jobs = {path: plan(out, name, path, config, metrics, sets) for path, name in named.items()}
     reference = None
     if config.reference:
-        reference = plan(out, "reference", config.reference, config, {"membership": metrics["membership"]}, sets)
+        reference = plan(out, "--reference", config.reference, config, {"membership": metrics["membership"]}, sets)
     out.begin()
 
     other = work(out, reference, config, sets)["membership"] if reference else None
@@ -246,7 +246,7 @@ def work(out: Run, job: Job, config: Config, sets: dict[str, list[Record]]) -> d
 
 def items_file(out: Run, name: str, metric: str) -> Path:
     """Return where the items of a metric are saved."""
-    return out.directory / "items" / name.replace("/", "_") / f"{metric}.json"
+    return out.directory / "items" / name.replace("%", "%25").replace("/", "%2F") / f"{metric}.json"
 
 
 def compare(row: dict[str, Any], yardsticks: dict[str, dict[str, Any]], language: bool) -> None:

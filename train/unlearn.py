@@ -138,10 +138,11 @@ def run(config: Config) -> None:
     start, setting, retrained = prepare(config, methods)
     out.begin()
     seeds = range(config.seed, config.seed + config.seeds)
-    rows = over_seeds([one_seed(config, out, start, setting, retrained, methods, seed) for seed in seeds])
+    runs = [one_seed(config, out, start, setting, retrained, methods, seed) for seed in seeds]
+    rows = over_seeds(runs)
     document = out.finish(rows)
     write_report(out.directory / "report.html", "Unlearning against retraining", rows,
-                 _curves(out, config.seed), document["config"])  # fmt: skip
+                 _curves(out, config.seed, runs[0]), document["config"])  # fmt: skip
     command.print_table(rows, TERMINAL, f"train.unlearn · {out.directory}")
 
 
@@ -357,8 +358,12 @@ def run_stage(out: Run, home: Path, seed: int, stage: str, work, *args: Any, **s
         )  # fmt: skip
 
 
-def _curves(out: Run, seed: int) -> list[dict]:
-    return [line for line in out.metrics() if line["seed"] == seed and "forget_nll" in line]
+def _curves(out: Run, seed: int, rows: list[dict]) -> list[dict]:
+    """Return the lines of a seed's measurements, of every method at the rate that was kept."""
+    kept = {row["name"]: row["name"] for row in rows}
+    kept |= {f"{row['name']}@{row['learning_rate']:g}": row["name"] for row in rows if row.get("learning_rate")}
+    return [line | {"stage": kept[line["stage"]]} for line in out.metrics()
+            if line["seed"] == seed and "forget_nll" in line and line["stage"] in kept]  # fmt: skip
 
 
 if __name__ == "__main__":

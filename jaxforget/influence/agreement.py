@@ -101,7 +101,8 @@ def noise_ceiling(truth_OKQ: np.ndarray, ranks: bool = False) -> dict[str, Any]:
     one_vs_rest: correlation of a seed with the mean of the others. split_half: of the means of two disjoint halves of
     the seeds, averaged over splits. reliability: that of the mean of all O seeds, O r / (h + (O - h) r) by Spearman and
     Brown for halves of h seeds. ceiling: its root, the expected correlation of a perfect method with the mean truth.
-    All are means over queries; null with one seed.
+    Correlations are means over queries, before reliability and root are taken: the ceiling is exact where queries are
+    equally noisy, and an upper bound where they differ, for the root is concave. Null with one seed.
     """
     O = len(truth_OKQ)  # noqa: E741
     if O < 2:

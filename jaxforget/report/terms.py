@@ -7,18 +7,18 @@ import re
 MEANINGS = {
     # losses and what is made of them
     r"nll": "Mean loss in nats: a token of a language model, a text of a classifier. Lower is likelier.",
-    r"(\w+)_nll": "Mean loss on the {0} set in nats a token. Lower is likelier.",
+    r"(\w+)_nll": "Mean loss on the {0} set in nats, a token or, of a classifier, a text. Lower is likelier.",
     r"perplexity": "exp of the mean over texts of each text's mean loss a token.",
     r"(\w+_)?token_perplexity": "exp of the loss a token, over all tokens at once.",
     r"retain_perplexity_change": "Change of the retain set's perplexity from the original model's, in percent.",
-    r"accuracy": "Percent that is right: of texts, or of next tokens.",
-    r"(forget|retain)_accuracy": "Percent of next tokens of the {0} set that the model gets right.",
+    r"accuracy": "Percent that is right: of texts, or the mean over texts of that of their next tokens.",
+    r"(forget|retain)_accuracy": "Percent of a text's next tokens that the model gets right, mean over the {0} set.",
     r"balanced_accuracy": "Mean over classes of the percent that is right.",
     r"macro_f1": "Mean over classes of F1, in percent.",
     r"majority": "Accuracy of always naming the commonest class, in percent.",
     # unlearning
-    r"verdict": "Whether forget loss is within 10 % of retraining's and retain perplexity under 10 % above the "
-                "original's.",
+    r"verdict": "Of a method: whether forget loss is within 10 % of retraining's and retain perplexity under 10 % "
+                "above the original's. Of a claim: whether it replicates.",
     r"gap_to_retrained": "Mean over the sets of the distance of the loss to the retrained model's, nats a token; 0 is "
                          "the goal.",
     r"mink(\d+)_auc": "Membership attack on the {0} % least likely tokens: 1 memorised, 0.5 like never seen.",
@@ -41,13 +41,16 @@ MEANINGS = {
     r"tofu_(\w+)_probability": "Mean probability of the right answer to {0} questions (against wrong ones, where TOFU "
                                "does so).",
     r"tofu_(\w+)_rouge": "ROUGE-L recall of written answers to {0} questions.",
-    r"tofu_(\w+)_truth_ratio_t(\d)": "Truth ratio T{1} on {0} questions: wrong answers against the right one.",
+    r"tofu_forget_truth_ratio_t(\d)": "Truth ratio T{0} on forget questions, min(T, 1 / T): 1 where wrong answers are "
+                                      "as likely as the right one.",
+    r"tofu_(\w+)_truth_ratio_t(\d)": "Truth ratio T{1} on {0} questions, 1 - T and at least 0: 1 where the right "
+                                     "answer is far likelier than wrong ones.",
     r"verbmem": "100 times ROUGE-L F1 of continuations with the forgotten text.",
     r"knowmem_(\w+)": "100 times ROUGE-L F1 of answers to {0} questions.",
     r"criterion": "Harmonic mean of Memorisation and relative Utility on the validation halves; chooses the settings.",
     r"robustness": "Share of the settings tried within 10 % of the best.",
     r"strength": "The method's own knob beside the learning rate.",
-    r"diverged": "Settings that ended in losses that are no numbers.",
+    r"diverged": "Runs that ended in losses that are no numbers, of all settings and seeds.",
     # cost
     r"steps": "Optimizer steps.",
     r"seconds": "Wall-clock time.",
@@ -60,11 +63,11 @@ MEANINGS = {
     r"memory_mb": "Memory of the compiled step, MB.",
     r"compile_seconds": "Time of compiling the step.",
     # fairness and leakage
+    r"test_sampled_eo_max": "The gap of one random draw of the decisions, where a method decides at random.",
     r"(\w+_)?eo_max": "Equalized-odds gap: the larger difference between groups of true or false positive rates, as a "
                       "share; 0 is fair.",
     r"(\w+_)?eo_avg": "Mean of the differences between groups of true and of false positive rates.",
     r"(\w+_)?demographic_parity": "Difference between groups in how often the positive class is named.",
-    r"test_sampled_eo_max": "The gap of one random draw of the decisions, where a method decides at random.",
     r"test_accuracy_noise": "Half of the 95 % bootstrap interval of the accuracy, in points.",
     r"test_eo_max_noise": "Half of the 95 % bootstrap interval of the gap.",
     r"test_(accuracy|eo_max)_change": "Difference from the plain vote on the same test records.",
@@ -97,7 +100,8 @@ MEANINGS = {
     r"sign": "Percent of scores with the sign of the truth.",
     r"sign_centred": "The same after each query's mean is taken from both.",
     r"top_recall": "Percent of the most helpful datasets that the scores name too.",
-    r"cost_vs_truth": "Tokens read, divided by those of retraining for the truth.",
+    r"cost_vs_truth": "Forward tokens (3 for one that is differentiated) of one model's scores, divided by those of "
+                      "the whole truth: retraining for all its seeds and subsets.",
     # stereotypes and gradients
     r"ideal": "What a model without stereotypes has.",
     r"left_out": "Items that could not be scored.",

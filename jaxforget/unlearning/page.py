@@ -36,7 +36,7 @@ def verdict(row: dict[str, Any], original: dict[str, Any], retrained: dict[str, 
 
 
 def write_report(path: Path, title: str, rows: Sequence[dict], curves: Sequence[dict], config: dict) -> None:
-    """Write report.html. curves: lines of metrics.jsonl with a stage, a step and set losses."""
+    """Write report.html. curves: lines of metrics.jsonl with a row's name as stage, a step and set losses."""
     known = [field for field in FIELDS if any(row.get(field) is not None for row in rows)]
     sections = [
         (
@@ -112,8 +112,7 @@ def _curves(axes: Any, curves: Sequence[dict[str, Any]], rows: Sequence[dict[str
     top = 0.0
     for index, row in enumerate(rows):
         stage = row["name"]
-        tried = f"{stage}@{row['learning_rate']:g}" if row.get("learning_rate") else None  # the rate that was kept
-        points = [(line["step"], line[field]) for line in curves if line["stage"] in (stage, tried) and field in line]
+        points = [(line["step"], line[field]) for line in curves if line["stage"] == stage and field in line]
         if points and stage not in YARDSTICKS:
             style = ("-", "--", ":")[index // 10 % 3]
             axes.plot(*zip(*points, strict=True), color=f"C{index % 10}", ls=style, label=stage, lw=1.4)
