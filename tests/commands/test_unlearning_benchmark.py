@@ -6,15 +6,16 @@ import numpy as np
 import pages
 import pytest
 import running
+from matplotlib.figure import Figure
 from shards import call, done
 
 import benchmarks.unlearning
 from benchmarks.unlearning.study import halved, read_sets
 from jaxforget.data.sources import Record
-from jaxforget.unlearning.tuning import criterion, over_settings, robustness
+from jaxforget.unlearning.tuning import criterion, curves, over_settings, robustness
 
 FLAGS = ("--preset", "smoke", "--methods", "ascent_descent_indist", "--train.epochs", 2, "--size.layers", 1,
-         "--metrics", "memorisation", "--measures.max-new-tokens", 4, "--bits", 8, "--choosing-seeds", 1)  # fmt: skip
+         "--metrics", "language", "memorisation", "--measures.max-new-tokens", 4, "--bits", 8, "--choosing-seeds", 1)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -37,7 +38,10 @@ def test_smoke(tmp_path):
     steps = [one["step"] for one in document["relearning"] if (one["name"], one["seed"]) == ("retrained", 0)]
     assert steps == [0, 2, 4]
     first = next(one for one in document["relearning"] if one["name"] == "retrained")
-    assert first["es"] == pytest.approx(document["by_seed"][0][1]["es"])
+    for name in ("es", "forget_nll"):
+        assert first[name] == pytest.approx(document["by_seed"][0][1][name])
+    spent = json.loads((out / "cells/yardsticks.json").read_text())
+    assert rows["retrained"]["tuning_steps"] == spent["steps"] / 2 / 2  # of one of two models, and of two seeds
     served = [(one["name"], one["seed"], one["request"]) for one in document["requests"]]
     assert sorted(served) == sorted((name, seed, n) for name in (*list(rows)[:3], "sisa") for seed in (0, 1)
                                     for n in (1, 2) if name != "sisa" or not seed)  # fmt: skip
@@ -137,3 +141,13 @@ def test_never_trained_records_are_held_out_of_the_retain_set(tmp_path):
     assert [r.text for r in trained["retain"]] == [f"yes {i}" for i in range(8)]
     assert [r.text for r in measured["approximate"]] == [f"yes {i}" for i in range(8, 12)]
     assert np.all([a.id == b.id for a, b in zip(measured["retain"], trained["retain"], strict=True)])
+
+
+def test_a_curve_does_not_average_those_that_survived():
+    points = [{"name": "npo", "seed": seed, "step": step, "es": value}
+              for seed, values in ((0, (0.5, None, 0.9)), (1, (0.1, 0.1, 0.2))) for step, value in enumerate(values)]
+    axes = Figure().add_subplot()
+    curves(points[::-1], "es", "step")(axes)
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_xdata(), [0, 1, 2])
+    np.testing.assert_allclose(line.get_ydata(), [0.3, np.nan, 0.55])

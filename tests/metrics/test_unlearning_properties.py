@@ -14,6 +14,7 @@ from jaxforget.data.text import TextConfig
 from jaxforget.data.tokens import Examples
 from jaxforget.errors import UserError
 from jaxforget.metrics import attacks, benchmark, composite, memorisation, tofu
+from jaxforget.metrics.bias.measures import preference
 from jaxforget.metrics.evidence import Reader, Request, gather
 from jaxforget.metrics.language import TokenScores
 from jaxforget.metrics.membership import auc, auc_ci95, min_k_scores, privleak
@@ -246,3 +247,15 @@ def test_gradient_norms_are_means_over_the_tensors_of_the_file():
             for leaf in map(np.asarray, jax.tree.leaves(part)):
                 norms += [np.linalg.norm(tensor) for tensor in (leaf if name == "blocks" else [leaf])]
         assert found[n] == pytest.approx(np.mean(norms), rel=1e-4)
+
+
+def test_a_destroyed_model_has_not_forgotten():
+    """What compares an argmax or two scores would else take losses that are no numbers for a model that knows nothing."""
+    whole = TokenScores(np.zeros((2, 3)), np.ones((2, 3), bool), np.ones((2, 3), bool))
+    broken = whole._replace(logp_NT=np.array([[0.0, np.nan, 0.0], [0.0, 0.0, 0.0]]), correct_NT=np.zeros((2, 3), bool))
+    unscored = whole._replace(logp_NT=broken.logp_NT, scored_NT=~np.isnan(broken.logp_NT))
+    for measure in (memorisation.exact_memorisation, memorisation.extraction_strength):
+        np.testing.assert_array_equal(measure(whole), [1, 1])
+        np.testing.assert_array_equal(measure(broken), [np.nan, 0])
+        np.testing.assert_array_equal(measure(unscored), [1, 1])
+    np.testing.assert_array_equal(preference(np.array([1.0, np.nan]), np.array([0.0, 0.0])), [[1, 1], [np.nan] * 2])

@@ -95,8 +95,10 @@ def test_a_legend_covers_nothing():
 
 
 def test_terms_fill_their_sentences():
-    assert terms.meaning("forget_nll") == "Mean loss on the forget set in nats a token. Lower is likelier."
+    assert terms.meaning("forget_nll") .startswith("Mean loss on the forget set in nats, a token or")
     assert "guess home town" in terms.meaning("leakage_home_town")
+    assert "random draw" in terms.meaning("test_sampled_eo_max")  # the first that fits
+    assert terms.meaning("tofu_forget_truth_ratio_t1") != terms.meaning("tofu_retain_truth_ratio_t1")
     assert terms.meaning("name") is None
     for text in terms.MEANINGS.values():
         assert text.endswith(".") and len(text.split()) > 1

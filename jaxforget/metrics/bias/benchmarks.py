@@ -58,7 +58,7 @@ class Measure(NamedTuple):
         numbers = estimate(self.statistic, *self.samples, resamples=resamples, seed=seed)
         row = {"name": " ".join(filter(None, (self.benchmark, self.part, self.measure))), "benchmark": self.benchmark,
                "part": self.part, "measure": self.measure, **self.about, **numbers}  # fmt: skip
-        return row if np.isfinite(list(numbers.values())).all() else row | {"note": "divided by 0 in some resamples"}
+        return row if np.isfinite(list(numbers.values())).all() else row | {"note": "no number in some resamples"}
 
 
 def stereoset(subjects: Sequence[Subject], triples: Sequence[Triple]) -> list[Measure]:
@@ -77,7 +77,8 @@ def stereoset(subjects: Sequence[Subject], triples: Sequence[Triple]) -> list[Me
         kept_N = chosen_N & fits_N
         if not kept_N.any():
             return []
-        samples = [[term_scores(term_counts(term_N[kept_N], *score[kept_N].T))] for score in scores]
+        samples = [[np.where(np.isnan(score[kept_N]).any(), np.nan,
+                             term_scores(term_counts(term_N[kept_N], *score[kept_N].T)))] for score in scores]
         about = {"items": int(kept_N.sum()), "left_out": int((chosen_N & ~fits_N).sum()),
                  "terms": len(samples[0][0])}  # fmt: skip
         return [
@@ -125,7 +126,10 @@ def pairs(
 
 
 def group_loss(subjects: Sequence[Subject], examples: Sequence[Examples], groups: dict[str, str]) -> list[Measure]:
-    """Measure nats a token by group, and the gap where there are two. groups: id -> group; examples of each model."""
+    """Measure nats a token by group, and the gap where there are two. groups: id -> group; examples of each model.
+
+    The gap's interval takes the groups' texts for unrelated; where they are pairs it is wider than it need be.
+    """
     common = set.intersection(*(set(part.ids) for part in examples))
     units: list[dict[str, np.ndarray]] = []
     for subject, part in zip(subjects, examples, strict=True):

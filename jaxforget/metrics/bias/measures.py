@@ -51,8 +51,12 @@ STEREOSET: dict[str, Callable] = {"SS": lambda m: m[..., 0], "LMS": lambda m: m[
 
 
 def preference(more_N: np.ndarray, less_N: np.ndarray) -> np.ndarray:
-    """Return columns for `share` and `decided_share`, (N, 2): whether `more` scores higher, and whether they differ."""
-    return np.stack([more_N > less_N, more_N != less_N], axis=1).astype(np.float64)
+    """Return columns for `share` and `decided_share`, (N, 2): whether `more` scores higher, and whether they differ.
+
+    NaN where a score is: a model that is destroyed prefers nothing.
+    """
+    found_N2 = np.stack([more_N > less_N, more_N != less_N], axis=1).astype(np.float64)
+    return np.where(np.isnan(more_N + less_N)[:, None], np.nan, found_N2)
 
 
 def share(means: np.ndarray) -> np.ndarray:
