@@ -15,7 +15,8 @@ from jaxforget.data.sources import Record
 from jaxforget.unlearning.tuning import criterion, curves, over_settings, robustness
 
 FLAGS = ("--preset", "smoke", "--methods", "ascent_descent_indist", "--train.epochs", 2, "--size.layers", 1,
-         "--metrics", "language", "memorisation", "--measures.max-new-tokens", 4, "--bits", 8, "--choosing-seeds", 1)  # fmt: skip
+         "--metrics", "language", "memorisation", "--measures.max-new-tokens", 4, "--bits", 8,
+         "--choosing-seeds", 1)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -250,7 +250,7 @@ def test_gradient_norms_are_means_over_the_tensors_of_the_file():
 
 
 def test_a_destroyed_model_has_not_forgotten():
-    """What compares an argmax or two scores would else take losses that are no numbers for a model that knows nothing."""
+    """What compares an argmax or two scores would else take losses that are no numbers for knowing nothing."""
     whole = TokenScores(np.zeros((2, 3)), np.ones((2, 3), bool), np.ones((2, 3), bool))
     broken = whole._replace(logp_NT=np.array([[0.0, np.nan, 0.0], [0.0, 0.0, 0.0]]), correct_NT=np.zeros((2, 3), bool))
     unscored = whole._replace(logp_NT=broken.logp_NT, scored_NT=~np.isnan(broken.logp_NT))
