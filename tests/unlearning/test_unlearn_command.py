@@ -1,6 +1,7 @@
 """Runs of several methods: what moves, what is kept on disk, and going on after a kill."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -121,3 +122,14 @@ def test_flags_that_do_not_fit_are_refused(flags, words, tmp_path, capsys):
     assert stopped.value.code == 2 and not (tmp_path / "out").exists()
     said = capsys.readouterr().err
     assert re.search(words, said.replace("\n", " ")) and "Traceback" not in said
+
+
+def test_curves_are_those_of_the_first_seed_at_the_rate_that_it_kept():
+    """Over seeds the mean of the rates may be that of a run which nobody kept."""
+    lines = [{"stage": stage, "step": 1, "seed": seed, "forget_nll": 1.0}
+             for stage in ("original", "npo@0.0001", "npo@0.0002", "npo@0.0003", "rmu") for seed in (0, 1)]
+    out = SimpleNamespace(metrics=lambda: [*lines, {"stage": "rmu", "step": 2, "seed": 0, "loss": 3.0}])
+    rows = [{"name": "original"}, {"name": "npo", "learning_rate": 3e-4}, {"name": "rmu", "learning_rate": None}]
+    kept = train.unlearn._curves(out, 0, rows)
+    assert [(one["stage"], one["seed"]) for one in kept] == [("original", 0), ("npo", 0), ("rmu", 0)]
+    assert kept[1]["step"] == 1
