@@ -18,12 +18,12 @@ TINY = 1e-12
 
 
 def harmonic_mean(values: Iterable[float | None]) -> float | None:
-    """Return n / sum of 1 / (x + 1e-12); None where a value is missing."""
+    """Return n / sum of 1 / (x + 1e-12); 0 where a value is 0, None where one is missing."""
     values = list(values)
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return None
-    return float(len(known) / sum(1.0 / (value + TINY) for value in known))
+    return float(len(known) / sum(1.0 / (value + TINY) for value in known)) if all(known) else 0.0
 
 
 def estimate(name: str, value_N: Any, scale: float = 1.0) -> dict[str, float | None]:
