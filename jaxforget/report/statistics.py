@@ -46,7 +46,7 @@ def over_seeds(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]
             if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
                 result[field] = None
                 if len(known) == len(values):
-                    result[field], result[f"{field}_ci95"] = mean_ci95(values)
+                    result[field], result[f"{field}_ci95"] = mean_ci95(known)
             elif len(known) == len(values) or field == "note":
                 result[field] = " / ".join(dict.fromkeys(str(value) for value in known))
             else:
