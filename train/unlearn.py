@@ -129,13 +129,16 @@ PRESETS = {"default": default, "smoke": smoke}
 
 def run(config: Config) -> None:
     """Read and check everything, then train, unlearn, score and report."""
-    methods = choose(config.methods, given(config) or None, command.say)
+    notes: list[str] = []
+    methods = choose(config.methods, given(config) or None, notes.append)
     # The default preset has settings for methods that this run may leave out; the user's own must fit the run.
     settings = [one for one in config.settings if one.partition(".")[0] in methods or one not in default().settings]
     methods = adjust(methods, tuple(settings))
     check(config, methods)
     out = Run("train.unlearn", config, config.out, config.resume)
     start, setting, retrained = prepare(config, methods)
+    for note in notes:  # not before what is wrong is told
+        command.say(note)
     out.begin()
     seeds = range(config.seed, config.seed + config.seeds)
     runs = [one_seed(config, out, start, setting, retrained, methods, seed) for seed in seeds]

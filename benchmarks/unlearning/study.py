@@ -71,7 +71,8 @@ def prepare(config: Config) -> Study:
     if wrong := [bits for bits in config.bits if bits not in (8, 4)]:
         raise UserError(f"--bits {wrong[0]} is unknown; use 8 or 4")
     given = [name for name in MEASURED if getattr(config, name)] if config.forget else None
-    methods = adjust(choose(config.methods, given, command.say), config.settings)
+    notes: list[str] = []
+    methods = adjust(choose(config.methods, given, notes.append), config.settings)
     for method in methods.values():
         for strength in config.strengths if getattr(method, "retain_weight", 0.0) else ():
             strengthened(method, strength)
@@ -118,6 +119,8 @@ def prepare(config: Config) -> Study:
         parts[half] = Half(sets, reader, asked_of(reader, sets))
     reported = benchmark.request(metrics, parts["test"].reader, halves["test"], config.measures)
     side = side_effects.read(config, start, halves["test"]["retain"])
+    for note in notes:  # not before what is wrong is told
+        command.say(note)
     return Study(start, records, setting, methods, metrics, parts["validation"], parts["test"], reported,
                  config.measures, side)  # fmt: skip
 

@@ -106,6 +106,7 @@ def curves(points: Sequence[Mapping[str, Any]], field: str, along: str) -> Calla
             axes.plot(list(values), mean_P, lw=1.4, label=name, **style)
             axes.fill_between(list(values), mean_P - half_P, mean_P + half_P, color=style["color"], alpha=0.15, lw=0)
         axes.set(xlabel=along, ylabel=LABELS.get(field, field))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
 
     return draw

@@ -127,7 +127,8 @@ CASES = {
         train.unlearn, "--model {model} --retrained {wide} --forget {forget} --methods gradient_ascent",
         ["--retrained", "another architecture"]),
     "general set needed": (
-        train.unlearn, "--forget {forget} --retain {retain}", ["ascent_descent_general", "--general"]),
+        train.unlearn, "--forget {forget} --retain {retain} --methods ascent_descent_general",
+        ["ascent_descent_general", "--general"]),
     "retain set needed": (train.unlearn, "--forget {forget}", ["--retain"]),
     "forget set needed": (train.unlearn, "--retain {retain}", ["--forget"]),
     "yardstick without a model": (
