@@ -55,6 +55,9 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], argv: Sequence[
         _fail(error, 2)
     except RunError as error:
         _fail(error, 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read it has gone, as in `--help | head`
+        leave(1)
     except KeyboardInterrupt:
         _fail("interrupted; run again with --resume", 130)
     except Exception as error:

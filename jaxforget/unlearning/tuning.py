@@ -105,6 +105,8 @@ def curves(points: Sequence[Mapping[str, Any]], field: str, along: str) -> Calla
             mean_P, half_P = np.array([mean_ci95(seeds) for seeds in values.values()]).reshape(-1, 2).T
             axes.plot(list(values), mean_P, lw=1.4, label=name, **style)
             axes.fill_between(list(values), mean_P - half_P, mean_P + half_P, color=style["color"], alpha=0.15, lw=0)
+        if field.endswith("nll") and any(one[field] is not None and one[field] > 20 for one in points):
+            axes.set_yscale("log")  # a loss that ran away would squeeze all others
         axes.set(xlabel=along, ylabel=LABELS.get(field, field))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()

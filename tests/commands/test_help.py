@@ -42,6 +42,13 @@ finally:
     assert done.stderr == "set()\n"
 
 
+def test_a_reader_who_has_gone_is_no_failure_of_ours():
+    """As in `train.forget --help | head -1`."""
+    process = running.start("train.forget", "--help")
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=300)) == ("", 1)
+
+
 def test_every_command_is_a_program():
     scripts = tomllib.loads((running.REPO / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == dict.fromkeys(NAMES, "jaxforget.command:script")

@@ -144,6 +144,16 @@ def test_never_trained_records_are_held_out_of_the_retain_set(tmp_path):
     assert np.all([a.id == b.id for a, b in zip(measured["retain"], trained["retain"], strict=True)])
 
 
+@pytest.mark.parametrize(("field", "highest", "scale"),
+                         (("forget_nll", 6, "linear"), ("forget_nll", 60, "log"), ("es", 60, "linear")))
+def test_a_loss_that_ran_away_does_not_squeeze_the_others(field, highest, scale):
+    values = (2.0, None, highest)
+    points = [{"name": "npo", "seed": 0, "step": step, field: value} for step, value in enumerate(values)]
+    axes = Figure().add_subplot()
+    curves(points, field, "step")(axes)
+    assert axes.get_yscale() == scale
+
+
 def test_a_curve_does_not_average_those_that_survived():
     points = [{"name": "npo", "seed": seed, "step": step, "es": value}
               for seed, values in ((0, (0.5, None, 0.9)), (1, (0.1, 0.1, 0.2))) for step, value in enumerate(values)]
