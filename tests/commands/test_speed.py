@@ -42,6 +42,7 @@ def rows(document):
     return {row["name"]: row for row in document["results"]}
 
 
+@pytest.mark.slow
 def test_every_part_has_its_rows(document):
     for part, names in NAMES.items():
         assert tuple(row["name"] for row in document["results"] if row["part"] == part) == names
@@ -50,6 +51,7 @@ def test_every_part_has_its_rows(document):
     assert "cores" in document["hardware"] and document["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_rates_and_ratios_are_those_of_the_seconds(document, rows):
     top = document["peak"]
     assert top["flops"] == top["measured_flops"] > 0 and "64 x 64" in top["source"]
@@ -66,6 +68,7 @@ def test_rates_and_ratios_are_those_of_the_seconds(document, rows):
     assert [name for name, row in rows.items() if row.get("flops") is None] == ["generation"]
 
 
+@pytest.mark.slow
 def test_tokens_and_flops_by_hand(rows):
     step = B * T * FORWARD
     assert rows["gpt2"]["flops"] == rows["plain"]["flops"] == pytest.approx(3 * step)
@@ -80,6 +83,7 @@ def test_tokens_and_flops_by_hand(rows):
     assert rows["generation"]["tokens"] == 2 * T // 2
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_cost_model(rows):
     smoke = config.smoke()
     for name, family, method in (("gpt2", "gpt2", "plain"), ("bert", "bert", "plain"), ("t5", "t5", "plain"),
@@ -91,6 +95,7 @@ def test_flops_are_those_of_the_cost_model(rows):
             assert rows[name]["flops"] == pytest.approx(3 * B * T * model.flops_per_token(T))
 
 
+@pytest.mark.slow
 def test_ways_that_are_compared_train_alike(rows):
     """The first loss of all is that of the same weights on the same rows, near that of chance."""
     assert rows["gpt2"]["loss"] == pytest.approx(math.log(V), rel=0.05)
@@ -117,6 +122,7 @@ def test_a_process_that_fails_is_a_note(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_targets_are_judged_where_the_machine_can_tell(document, rows):
     eager, private, members, share = document["targets"]
     assert private["found"] == rows["private"]["times"] and private["met"] == (private["found"] <= 1.15)

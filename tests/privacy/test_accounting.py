@@ -189,6 +189,7 @@ def test_bands_must_leave_a_batch_to_every_part():
         mechanism(banded, population=1000, batch=100, steps=9, unit="record")
 
 
+@pytest.mark.slow
 def test_an_unreachable_epsilon_names_the_nearest():
     with pytest.raises(UserError, match=r"epsilon 0.001 cannot be reached in 1 steps .* the nearest is 0\.0018") as low:
         mechanism(PrivacyConfig(epsilon=0.001, delta=1e-5), **SMALL)

@@ -131,12 +131,13 @@ CASES = {
         [[tuple(one.id for one, *_ in PLACES if one.id != "record-s1r1n0")]],
         {(k, r) for k in range(3) for r in range(3)}, {(k, r) for k in range(3) for r in range(3)} - {(1, 1), (1, 2)}),
 }  # fmt: skip
+VMAPPED = ("first slice", "twice in a row, later", "a shard", "all but one")
 
 
 @pytest.mark.parametrize(
     "name, how",
     [(name, HOW[0]) for name in CASES]
-    + [(name, HOW[1]) for name in CASES if name not in ("two of one slice", "an id twice in a request", "two shards")],
+    + [pytest.param(name, HOW[1], marks=[] if name in VMAPPED else pytest.mark.slow) for name in CASES],
     ids=lambda x: x if isinstance(x, str) else x["members"],
 )
 def test_deletion_equals_training_without(name, how, trained, tmp_path):
@@ -282,7 +283,7 @@ def check_random_case(rng, program, tmp_path, name, *, solo=True):
         assert_exact(ensemble, alive, tmp_path / f"{name}-fresh", solo=solo)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: f"{p['task']}-{p['members']}-{p['width']}")
 def test_random_ensembles_and_deletions(program, seed, tmp_path):
     check_random_case(np.random.default_rng([seed, PROGRAMS.index(program)]), program, tmp_path, "ensemble")
