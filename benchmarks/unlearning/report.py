@@ -113,8 +113,8 @@ def report(config: Config, out: Run, study: Study, by_seed, swept, learned, serv
             [figure(curves(learned, field, "step")) for field in ("forget_nll", "es")],
         ))  # fmt: skip
     if config.shards:
-        note = (f"An ensemble of {config.shards} shards with {config.slices} slices, before and after the forget set "
-                "was deleted; deletion share: examples visited, of those of a full retraining. Utility without ROUGE.")
+        note = (f"An ensemble of {config.shards} shards ({config.slices} slices each) before and after the forget set "
+                "is deleted; deletion share: examples visited, of those of a full retraining. Utility without ROUGE.")
         sections.append(section("Exact deletion", note, ("memorisation_32bit", "es_32bit", "utility_32bit",
                                 "forget_nll", "deletion_share", "deletion_seconds")))  # fmt: skip
     if served:
